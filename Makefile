@@ -1,0 +1,56 @@
+# Everything that is run on this project. `make help` lists it.
+
+PYTHON ?= python3
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := s3dcp tests examples
+
+# The pin lives in pyproject.toml, once.
+TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
+
+# The examples' tests have a target of their own, so that `check` runs them once.
+EXAMPLES := tests/test_examples.py
+
+.DEFAULT_GOAL := help
+.PHONY: help install lint types tests examples check test demo clean
+
+help: ## List the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
+		printf '%-10s %s\n' "$$name" "$$text"; done
+
+install: $(STAMP) ## Make .venv with the package (editable) and all that it is developed with
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "s3dcp needs Python 3.11 or later: make PYTHON=...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	# torch first and alone: pip then takes the pinned build that the machine offers, before
+	# any other requirement can have a say in which.
+	$(BIN)/python -m pip install --quiet '$(TORCH)'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+lint: install ## Check style and formatting
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: install ## Check types, strictly
+	$(BIN)/mypy
+
+tests: install ## Run the tests, two processes at a time
+	$(BIN)/pytest -n 2 --dist loadgroup --ignore $(EXAMPLES)
+
+examples: install ## Run the examples' tests
+	$(if $(wildcard $(EXAMPLES)),$(BIN)/pytest $(EXAMPLES))
+
+check: lint types tests examples ## Run every check
+
+test: install check ## Install, then run every check: what CI runs
+
+demo: install ## Train, kill and resume a small GPT against an embedded S3
+	$(BIN)/python examples/demo.py
+
+clean: ## Remove caches and build products (.venv stays)
+	rm -rf build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage .coverage.* htmlcov
+	find $(SOURCES) -name __pycache__ -type d -prune -exec rm -rf {} +

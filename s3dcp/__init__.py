@@ -1,0 +1,110 @@
+"""S3 storage for PyTorch Distributed Checkpoint, on asyncio."""
+
+from s3dcp._config import S3ClientConfig
+from s3dcp._constructors import (
+    DCPS3ReaderConstructorProtocol,
+    S3ReaderConstructor,
+    S3ReaderConstructorProtocol,
+)
+from s3dcp._dcp_reader import DCPOptimizedS3Reader, ItemRange
+from s3dcp._errors import (
+    AccessDeniedError,
+    BucketNotFoundError,
+    CheckpointChangedError,
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CommitConflictError,
+    ConflictError,
+    CorruptMetadataError,
+    IncompleteSaveError,
+    IntegrityError,
+    InvalidS3UriError,
+    ObjectNotFoundError,
+    PortalError,
+    PreconditionFailedError,
+    S3ConfigError,
+    S3ConnectionError,
+    S3CredentialsError,
+    S3Exception,
+    S3ProtocolError,
+    S3ServiceError,
+    S3TimeoutError,
+    ServerError,
+    ThrottledError,
+    WrongRegionError,
+)
+from s3dcp._filesystem import S3FileSystem
+from s3dcp._prefixes import (
+    BinaryPrefixStrategy,
+    DefaultPrefixStrategy,
+    HexPrefixStrategy,
+    NumericPrefixStrategy,
+    RoundRobinPrefixStrategy,
+    S3PrefixStrategyBase,
+)
+from s3dcp._ranged_reader import RangedS3Reader
+from s3dcp._reader import S3StorageReader
+from s3dcp._readers import S3Reader, SequentialS3Reader
+from s3dcp._s3client import S3Client
+from s3dcp._store import ObjectInfo
+from s3dcp._streams import S3Writer
+from s3dcp._writer import S3StorageWriter, StorageMetadata
+
+__version__ = "0.1.0"
+
+__all__ = [
+    # checkpoints
+    "S3StorageReader",
+    "S3StorageWriter",
+    "StorageMetadata",
+    # files and objects
+    "ObjectInfo",
+    "S3Client",
+    "S3ClientConfig",
+    "S3FileSystem",
+    "S3Writer",
+    # prefix strategies
+    "BinaryPrefixStrategy",
+    "DefaultPrefixStrategy",
+    "HexPrefixStrategy",
+    "NumericPrefixStrategy",
+    "RoundRobinPrefixStrategy",
+    "S3PrefixStrategyBase",
+    # readers
+    "DCPOptimizedS3Reader",
+    "DCPS3ReaderConstructorProtocol",
+    "ItemRange",
+    "RangedS3Reader",
+    "S3Reader",
+    "S3ReaderConstructor",
+    "S3ReaderConstructorProtocol",
+    "SequentialS3Reader",
+    # errors
+    "AccessDeniedError",
+    "BucketNotFoundError",
+    "CheckpointChangedError",
+    "CheckpointError",
+    "CheckpointExistsError",
+    "CheckpointNotFoundError",
+    "CommitConflictError",
+    "ConflictError",
+    "CorruptMetadataError",
+    "IncompleteSaveError",
+    "IntegrityError",
+    "InvalidS3UriError",
+    "ObjectNotFoundError",
+    "PortalError",
+    "PreconditionFailedError",
+    "S3ConfigError",
+    "S3ConnectionError",
+    "S3CredentialsError",
+    "S3Exception",
+    "S3ProtocolError",
+    "S3ServiceError",
+    "S3TimeoutError",
+    "ServerError",
+    "ThrottledError",
+    "WrongRegionError",
+    "__version__",
+]

@@ -1,0 +1,65 @@
+"""CRCs of memory, and how CRCs of neighbours make the CRC of the whole.
+
+awscrt computes them with the processor's own instructions and without the GIL.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from awscrt import checksums as _crt
+
+from s3dcp._config import ChecksumName
+from s3dcp._store import Checksum, Views
+
+#: The CRC that every item carries in the checkpoint's metadata, whatever the store is sent.
+ITEM_CHECKSUM: ChecksumName = "CRC64NVME"
+
+
+@dataclass(frozen=True, slots=True)
+class _Algorithm:
+    crc: Callable[[memoryview, int], int]
+    combine: Callable[[int, int, int], int]
+    size_bytes: int
+
+
+_ALGORITHMS: dict[ChecksumName, _Algorithm] = {
+    "CRC64NVME": _Algorithm(_crt.crc64nvme, _crt.combine_crc64nvme, 8),
+    "CRC32C": _Algorithm(_crt.crc32c, _crt.combine_crc32c, 4),
+    "CRC32": _Algorithm(_crt.crc32, _crt.combine_crc32, 4),
+}
+
+
+def crc_of(views: Views, algorithm: ChecksumName = ITEM_CHECKSUM) -> int:
+    """Return the CRC of `views`, one after the other."""
+    compute, value = _ALGORITHMS[algorithm].crc, 0
+    for view in views:
+        value = compute(view, value)
+    return value
+
+
+def crcs_of(views: Views, algorithm: ChecksumName = ITEM_CHECKSUM) -> list[int]:
+    """Return the CRC of each view by itself."""
+    compute = _ALGORITHMS[algorithm].crc
+    return [compute(view, 0) for view in views]
+
+
+def combine(pieces: Iterable[tuple[int, int]], algorithm: ChecksumName = ITEM_CHECKSUM) -> int:
+    """Return the CRC of neighbouring pieces from their own.
+
+    Args:
+        pieces: For each piece, in order, its CRC and its length in bytes.
+        algorithm: The CRC they were computed with.
+    """
+    join, value = _ALGORITHMS[algorithm].combine, 0
+    for crc, size_bytes in pieces:
+        value = join(value, crc, size_bytes)
+    return value
+
+
+def encoded(checksum: Checksum) -> str:
+    """Return a checksum as S3's headers carry it: base64 of its bytes, big end first."""
+    size = _ALGORITHMS[checksum.algorithm].size_bytes
+    return base64.b64encode(checksum.value.to_bytes(size, "big")).decode()

@@ -1,0 +1,394 @@
+"""S3 over aiobotocore: one attempt a request, every error mapped once.
+
+botocore signs, builds addresses and finds credentials. It is told not to retry (the engine does),
+not to follow a bucket to another region (the user is told), not to hash or sum bodies (the engine
+has), and not to ask before it sends one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import re
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, TypeVar
+
+import aiohttp
+from aiobotocore.config import AioConfig
+from aiobotocore.session import AioSession
+from botocore import UNSIGNED
+
+from s3dcp._checksums import encoded
+from s3dcp._config import ChecksumName, S3ClientConfig
+from s3dcp._errors import S3Exception, S3ProtocolError, S3TimeoutError
+from s3dcp._failures import mapped
+from s3dcp._keys import S3Uri
+from s3dcp._payload import ViewsPayload
+from s3dcp._portal import offload
+from s3dcp._ranges import MAX_PART_BYTES, GiB, even_ranges
+from s3dcp._receive import receive
+from s3dcp._store import Checksum, Condition, ObjectInfo, Part, Receipt, Scatter, Views
+
+T = TypeVar("T")
+
+_log = logging.getLogger("s3dcp.client")
+
+# A copy in one request may be 5 GiB; parts of a copy are made on the server's side, so large ones.
+_COPY_PART_BYTES = GiB
+
+
+class S3Store:
+    """A `Store` over one aiobotocore client, for use on the loop that opened it.
+
+    Args:
+        region: The bucket's region; None leaves it to botocore's own sources.
+        config: The client's settings.
+    """
+
+    def __init__(self, region: str | None, config: S3ClientConfig) -> None:
+        self._region = region
+        self._config = config
+        self._exit = contextlib.AsyncExitStack()
+        self._client: Any = None
+        self._opening = asyncio.Lock()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        async with self._opening:
+            self._client = None
+            await self._exit.aclose()
+
+    async def get(self, uri: S3Uri) -> tuple[bytes | bytearray, ObjectInfo]:
+        with mapped("GetObject", uri):
+            answer = await self._call("get_object", uri, **self._read_args())
+            response: aiohttp.ClientResponse = answer["Body"].raw_stream
+            if "ContentLength" not in answer:
+                async with response:
+                    body = await response.read()
+                return body, _info(uri, answer, len(body))
+            size = int(answer["ContentLength"])
+            buffer = bytearray(size)
+            await receive(response, Scatter([memoryview(buffer)]), self._idle_s)
+            return buffer, _info(uri, answer, size)
+
+    async def get_range(
+        self, uri: S3Uri, start: int, into: Scatter, *, if_match: str | None = None
+    ) -> ObjectInfo:
+        end = start + into.remaining
+        with mapped("GetObject", uri):
+            answer = await self._call(
+                "get_object",
+                uri,
+                Range=f"bytes={start}-{end - 1}",
+                **_given(IfMatch=if_match),
+                **self._read_args(),
+            )
+            response: aiohttp.ClientResponse = answer["Body"].raw_stream
+            try:
+                size = _checked_range(answer, start, end)
+            except S3ProtocolError:
+                response.close()
+                raise
+            await receive(response, into, self._idle_s)
+            return _info(uri, answer, size)
+
+    async def head(self, uri: S3Uri) -> ObjectInfo:
+        with mapped("HeadObject", uri):
+            answer = await self._call("head_object", uri, **self._read_args())
+            return _info(uri, answer, int(answer["ContentLength"]))
+
+    async def list(self, uri: S3Uri, *, delimiter: str = "") -> AsyncIterator[ObjectInfo]:
+        client = await self._opened()
+        pages = client.get_paginator("list_objects_v2").paginate(
+            Bucket=uri.bucket, Prefix=uri.key, Delimiter=delimiter, **self._read_args()
+        )
+        with mapped("ListObjectsV2", uri):
+            async for page in pages:
+                for prefix in page.get("CommonPrefixes", ()):
+                    yield ObjectInfo(key=prefix["Prefix"], size_bytes=0, etag=None)
+                for entry in page.get("Contents", ()):
+                    yield ObjectInfo(
+                        key=entry["Key"],
+                        size_bytes=int(entry["Size"]),
+                        etag=entry.get("ETag"),
+                        last_modified=entry.get("LastModified"),
+                    )
+
+    async def put(
+        self,
+        uri: S3Uri,
+        body: Views,
+        *,
+        checksum: Checksum | None = None,
+        condition: Condition | None = None,
+    ) -> Receipt:
+        condition = condition or Condition()
+        answer = await self._send(
+            "PutObject",
+            "put_object",
+            uri,
+            body,
+            **_checksum_args(checksum),
+            **_given(IfMatch=condition.etag, IfNoneMatch="*" if condition.absent else None),
+            **self._write_args(),
+        )
+        return _receipt(answer, checksum)
+
+    async def create_upload(self, uri: S3Uri, *, checksum: ChecksumName | None) -> str:
+        sums = {"ChecksumAlgorithm": checksum, "ChecksumType": "FULL_OBJECT"} if checksum else {}
+        with mapped("CreateMultipartUpload", uri):
+            answer = await self._call("create_multipart_upload", uri, **sums, **self._write_args())
+            upload_id = answer.get("UploadId")
+            if not upload_id:
+                raise S3ProtocolError("The answer has no upload id")
+            return str(upload_id)
+
+    async def upload_part(
+        self, uri: S3Uri, upload_id: str, number: int, body: Views, *, checksum: Checksum | None
+    ) -> Receipt:
+        answer = await self._send(
+            "UploadPart",
+            "upload_part",
+            uri,
+            body,
+            UploadId=upload_id,
+            PartNumber=number,
+            **_checksum_args(checksum),
+            **self._read_args(),
+        )
+        return _receipt(answer, checksum)
+
+    async def complete_upload(
+        self, uri: S3Uri, upload_id: str, parts: Sequence[Part], *, checksum: Checksum | None
+    ) -> Receipt:
+        named = [
+            {"PartNumber": part.number, "ETag": part.etag, **_checksum_args(part.checksum)}
+            for part in parts
+        ]
+        sums = {**_checksum_args(checksum), "ChecksumType": "FULL_OBJECT"} if checksum else {}
+        with mapped("CompleteMultipartUpload", uri):
+            answer = await self._call(
+                "complete_multipart_upload",
+                uri,
+                UploadId=upload_id,
+                MultipartUpload={"Parts": named},
+                **sums,
+                **self._read_args(),
+            )
+            return _receipt(answer, checksum)
+
+    async def abort_upload(self, uri: S3Uri, upload_id: str) -> None:
+        with mapped("AbortMultipartUpload", uri):
+            await self._call("abort_multipart_upload", uri, UploadId=upload_id, **self._read_args())
+
+    async def delete(self, uri: S3Uri) -> None:
+        with mapped("DeleteObject", uri):
+            await self._call("delete_object", uri, **self._read_args())
+
+    async def copy(self, source: S3Uri, target: S3Uri) -> None:
+        info = await self.head(source)
+        copied_from = {"Bucket": source.bucket, "Key": source.key}
+        if info.size_bytes <= MAX_PART_BYTES:
+            with mapped("CopyObject", target):
+                await self._call(
+                    "copy_object",
+                    target,
+                    CopySource=copied_from,
+                    **_given(CopySourceIfMatch=info.etag),
+                    **self._write_args(),
+                )
+            return
+        upload_id = await self.create_upload(target, checksum=None)
+        try:
+            ranges = even_ranges(0, info.size_bytes, _COPY_PART_BYTES)
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._copy_part(copied_from, target, upload_id, n, a, b))
+                    for n, (a, b) in enumerate(ranges, 1)
+                ]
+            await self.complete_upload(
+                target, upload_id, [task.result() for task in tasks], checksum=None
+            )
+        except BaseException as exc:
+            with contextlib.suppress(S3Exception):
+                await self.abort_upload(target, upload_id)
+            if isinstance(exc, BaseExceptionGroup):
+                raise exc.exceptions[0] from exc
+            raise
+
+    async def _copy_part(
+        self,
+        copied_from: dict[str, str],
+        target: S3Uri,
+        upload_id: str,
+        number: int,
+        start: int,
+        end: int,
+    ) -> Part:
+        with mapped("UploadPartCopy", target):
+            answer = await self._call(
+                "upload_part_copy",
+                target,
+                UploadId=upload_id,
+                PartNumber=number,
+                CopySource=copied_from,
+                CopySourceRange=f"bytes={start}-{end - 1}",
+                **self._read_args(),
+            )
+            return Part(number=number, etag=answer["CopyPartResult"]["ETag"], checksum=None)
+
+    @property
+    def _idle_s(self) -> float:
+        return self._config.read_timeout_s
+
+    def _read_args(self) -> dict[str, str]:
+        return _given(
+            ExpectedBucketOwner=self._config.expected_bucket_owner,
+            RequestPayer="requester" if self._config.requester_pays else None,
+        )
+
+    def _write_args(self) -> dict[str, str]:
+        return self._read_args() | _given(
+            StorageClass=self._config.storage_class,
+            ServerSideEncryption=self._config.server_side_encryption,
+            SSEKMSKeyId=self._config.sse_kms_key_id,
+        )
+
+    async def _send(
+        self, operation: str, method: str, uri: S3Uri, body: Views, **args: object
+    ) -> dict[str, Any]:
+        payload = ViewsPayload(body, self._idle_s)
+        try:
+            with mapped(operation, uri):
+                # aiohttp writes nothing for a payload of no bytes, and botocore wants a body.
+                return await self._call(method, uri, Body=payload if len(payload) else b"", **args)
+        except S3Exception as exc:
+            if not payload.stalled:
+                raise
+            raise S3TimeoutError(
+                f"{operation} {uri}: the store took no bytes for {self._idle_s:g} s",
+                operation=operation,
+                bucket=uri.bucket,
+                key=uri.key,
+            ) from exc
+
+    async def _call(self, method: str, uri: S3Uri, **args: object) -> dict[str, Any]:
+        client = await self._opened()
+        answer: dict[str, Any] = await getattr(client, method)(
+            Bucket=uri.bucket, Key=uri.key, **args
+        )
+        return answer
+
+    async def _opened(self) -> Any:
+        if self._client is None:
+            async with self._opening:
+                if self._client is None:
+                    self._client = await self._exit.enter_async_context(await self._make())
+        return self._client
+
+    async def _make(self) -> Any:
+        config = self._config
+        session = AioSession(profile=config.profile)
+        # Parsing botocore's models takes 0.1 s, which the loop must not spend.
+        await offload(_preload, session)
+        s3 = {"payload_signing_enabled": False}
+        client = session.create_client(
+            "s3",
+            region_name=self._region or None,
+            endpoint_url=config.endpoint_url,
+            verify=str(config.ca_bundle) if config.ca_bundle else None,
+            config=AioConfig(
+                s3=s3 | ({"addressing_style": "path"} if config.force_path_style else {}),
+                connect_timeout=config.connect_timeout_s,
+                read_timeout=config.read_timeout_s,
+                max_pool_connections=config.connections() + 8,  # the engine's slots are the limit
+                retries={"total_max_attempts": 1},
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+                user_agent_extra="lib/s3dcp",
+                **({"signature_version": UNSIGNED} if config.unsigned else {}),
+            ),
+        )
+        return _Prepared(client)
+
+
+class _Prepared(contextlib.AbstractAsyncContextManager[Any]):
+    """A client whose requests carry no `Expect` header and are not redirected."""
+
+    def __init__(self, client: contextlib.AbstractAsyncContextManager[Any]) -> None:
+        self._creator = client
+
+    async def __aenter__(self) -> Any:
+        client = await self._creator.__aenter__()
+        client.meta.events.register("before-sign.s3", _drop_expect)
+        client.meta.events.register("before-call.s3", _stay_in_region)
+        return client
+
+    async def __aexit__(self, *exc_info: Any) -> None:
+        await self._creator.__aexit__(*exc_info)
+
+
+def _preload(session: AioSession) -> None:
+    loader = session.get_component("data_loader")
+    for name in ("service-2", "endpoint-rule-set-1", "paginators-1"):
+        loader.load_service_model("s3", name)
+    for data in ("endpoints", "partitions", "sdk-default-configuration"):
+        loader.load_data(data)
+
+
+def _drop_expect(request: Any, **_: object) -> None:
+    # A round trip for every part, and a wait without end where a store ignores it.
+    if "Expect" in request.headers:
+        del request.headers["Expect"]
+
+
+def _stay_in_region(params: dict[str, Any], **_: object) -> None:
+    # botocore's redirector skips what it takes for redirected already.
+    params["context"].setdefault("s3_redirect", {})["redirected"] = True
+
+
+def _given(**args: str | None) -> dict[str, str]:
+    return {name: value for name, value in args.items() if value is not None}
+
+
+def _checksum_args(checksum: Checksum | None) -> dict[str, str]:
+    return {f"Checksum{checksum.algorithm}": encoded(checksum)} if checksum else {}
+
+
+def _receipt(answer: dict[str, Any], checksum: Checksum | None) -> Receipt:
+    echoed = answer.get(f"Checksum{checksum.algorithm}") if checksum else None
+    if echoed is not None and checksum is not None and echoed != encoded(checksum):
+        raise S3ProtocolError(
+            f"The store's checksum {echoed} is not that of the bytes sent, {encoded(checksum)}"
+        )
+    return Receipt(etag=answer.get("ETag"), checksum_echoed=echoed is not None)
+
+
+def _info(uri: S3Uri, answer: dict[str, Any], size_bytes: int | None) -> ObjectInfo:
+    return ObjectInfo(
+        key=uri.key,
+        size_bytes=size_bytes or 0,
+        etag=answer.get("ETag"),
+        last_modified=answer.get("LastModified"),
+    )
+
+
+_CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
+
+
+def _checked_range(answer: dict[str, Any], start: int, end: int) -> int:
+    """Return the object's size, having checked that the answer is the range asked for."""
+    status = answer["ResponseMetadata"]["HTTPStatusCode"]
+    length = answer.get("ContentLength")
+    shown = answer.get("ContentRange")
+    if status == 206 and shown and (match := _CONTENT_RANGE.fullmatch(shown)):  # noqa: PLR2004
+        first, last, size = (int(number) for number in match.groups())
+        if (first, last + 1) == (start, end) and length == end - start:
+            return size
+    elif status == 200 and start == 0 and length == end:  # noqa: PLR2004
+        return end
+    raise S3ProtocolError(
+        f"Asked for bytes [{start}, {end}), the store answered {status} with "
+        f"Content-Range {shown!r} and Content-Length {length}"
+    )

@@ -1,0 +1,126 @@
+"""The commit: one atomic PUT of `.metadata`, and every way in which it can end.
+
+A save first writes data objects under names of its own. Nothing refers to them until `.metadata`
+does, so the checkpoint that was there stays loadable up to that one request, and the new one is
+whole from it on.
+
+| what the PUT met                        | what follows                                     |
+|-----------------------------------------|--------------------------------------------------|
+| success                                 | committed                                        |
+| 412: the key is not as it was read      | read again; the last writer wins if it may       |
+| 409: another conditional PUT in flight  | wait, read again                                 |
+| 400 or 501 for the condition itself     | the store has no conditional writes: go without  |
+| no answer, or a 5xx: outcome unknown    | read back                                        |
+| ... and our own bytes are there         | committed                                        |
+| ... and the key is as it was            | try again                                        |
+| ... and another writer's are there      | conflict: ours may have been there, and replaced |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+
+from s3dcp._errors import (
+    ConflictError,
+    PreconditionFailedError,
+    S3Exception,
+    S3ServiceError,
+)
+from s3dcp._store import Condition
+
+METADATA_NAME = ".metadata"
+_REFUSES_CONDITIONS = frozenset({400, 501})
+
+
+def metadata_name(rank: int | None = None) -> str:
+    """Return the name of the object whose PUT is the commit; a rank's own without collectives."""
+    return METADATA_NAME if rank is None else f"__{rank}{METADATA_NAME}"
+
+
+def data_name(prefix: str, number: int, token: str) -> str:
+    """Return the name of a rank's `number`-th data object in the save that minted `token`."""
+    return f"{prefix}{number}.{token}.distcp"
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What was read at the commit's key: the bytes, and the ETag that pins them."""
+
+    body: bytes | bytearray
+    etag: str | None
+
+
+class Step(Enum):
+    """What to do next."""
+
+    PUT = auto()
+    DONE = auto()
+    EXISTS = auto()
+    CONFLICT = auto()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempts:
+    """What is known of a commit under way.
+
+    Args:
+        body: The bytes to be published. No two saves have the same, since names differ.
+        overwrite: Whether another checkpoint may be replaced.
+        conditional: Whether conditions are sent.
+        unknown: Whether an attempt's outcome is unknown.
+        seen: What was read before that attempt.
+    """
+
+    body: bytes
+    overwrite: bool
+    conditional: bool = True
+    unknown: bool = False
+    seen: Found | None = None
+
+
+def next_step(attempts: Attempts, found: Found | None) -> tuple[Step, Condition | None]:
+    """Decide from what is at the key now; the second value is the PUT's condition."""
+    if found is not None and found.body == attempts.body:
+        return Step.DONE, None
+    if attempts.unknown and _key_changed(attempts.seen, found):
+        return Step.CONFLICT, None
+    if found is not None and not attempts.overwrite:
+        return Step.EXISTS, None
+    if not attempts.conditional:
+        return Step.PUT, None
+    if found is None:
+        return Step.PUT, Condition(absent=True)
+    if found.etag is None or found.etag.startswith("W/"):
+        return Step.PUT, None  # a weak ETag cannot be matched
+    return Step.PUT, Condition(etag=found.etag)
+
+
+def after_failure(
+    attempts: Attempts, error: S3Exception, found: Found | None, *, conditioned: bool
+) -> Attempts | None:
+    """Return what is known after a PUT failed, or None if the error ends the commit."""
+    if isinstance(error, PreconditionFailedError | ConflictError):
+        return attempts
+    if (
+        conditioned
+        and isinstance(error, S3ServiceError)
+        and error.status in _REFUSES_CONDITIONS
+        and not error.retryable
+    ):
+        return replace(attempts, conditional=False)
+    if error.retryable:
+        return replace(attempts, unknown=True, seen=found)
+    return None
+
+
+def deletions(replaced: Iterable[str], published: Iterable[str]) -> list[str]:
+    """Return the names that only the replaced checkpoint used."""
+    return sorted(set(replaced) - set(published))
+
+
+def _key_changed(before: Found | None, now: Found | None) -> bool:
+    if before is None or now is None:
+        return before is not now
+    return before.body != now.body

@@ -1,0 +1,133 @@
+"""What a user can set, checked where it is written down."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import KW_ONLY, dataclass
+from typing import Literal, get_args
+
+from s3dcp._errors import S3ConfigError
+
+MiB = 1 << 20
+
+ChecksumName = Literal["CRC64NVME", "CRC32C", "CRC32"]
+EncryptionName = Literal["AES256", "aws:kms", "aws:kms:dsse"]
+
+# What one connection to S3 carries, from AWS's performance guide (85 to 90 MB/s per request).
+_CONNECTION_BYTES_PER_S = 85_000_000
+_NODE_MEMORY_BYTES = 1 << 30
+_MIN_CONNECTIONS = 8
+_MAX_CONNECTIONS = 128
+
+
+@dataclass(frozen=True)
+class S3ClientConfig:
+    """Settings of a client. The first seven are the reference library's, in its order.
+
+    Args:
+        throughput_target_gbps: The link's speed in gigabits per second, for a whole node; the
+            number of connections follows from it.
+        part_size: Least bytes per part of an upload and per request of a download; the engine may
+            go larger. What S3 refuses (under 5 MiB, over 5 GiB) is an error at the first
+            multipart upload.
+        unsigned: Send requests without a signature (anonymous access to public buckets).
+        force_path_style: Address buckets as `endpoint/bucket` instead of `bucket.endpoint`.
+        max_attempts: How often one request is tried, the first time included.
+        profile: A profile of the AWS configuration file.
+        requester_pays: Accept the cost of requests to requester-pays buckets.
+        endpoint_url: An S3-compatible store. Default: `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL`,
+            the profile's, or AWS.
+        ca_bundle: A file of CA certificates to trust instead of the system's; default:
+            `AWS_CA_BUNDLE` or the profile's.
+        storage_class: The storage class of new objects, such as `INTELLIGENT_TIERING`.
+        server_side_encryption: `AES256` (SSE-S3), `aws:kms` or `aws:kms:dsse`.
+        sse_kms_key_id: The KMS key for `aws:kms`; default: the bucket's.
+        expected_bucket_owner: An account number; requests to another owner's bucket fail.
+        checksum: The S3 checksum sent with uploads, or `None` for none. The CRCs in the
+            checkpoint's own metadata are written in any case.
+        conditional_writes: Whether the store honours `If-None-Match` and `If-Match` on PUT.
+            `None`: AWS does; others are believed once they have refused a request with 412.
+        connect_timeout_s: Seconds to wait for a connection.
+        read_timeout_s: Seconds without progress after which a peer is given up.
+        max_connections: Connections of this process. Default: from `throughput_target_gbps`.
+        memory_budget_bytes: Bytes of host memory for buffers of this process, beyond the tensors.
+            Default: 1 GiB a node, but what the engine needs by itself stays far below.
+
+    `throughput_target_gbps` and the defaults of the last two are a node's, and are divided by
+    `LOCAL_WORLD_SIZE` where torchrun has set it.
+
+    Raises:
+        S3ConfigError: a value, or a combination, that cannot work.
+    """
+
+    throughput_target_gbps: float = 10.0
+    part_size: int = 8 * MiB
+    unsigned: bool = False
+    force_path_style: bool = False
+    max_attempts: int = 10
+    profile: str | None = None
+    requester_pays: bool = False
+    _: KW_ONLY
+    endpoint_url: str | None = None
+    ca_bundle: str | os.PathLike[str] | None = None
+    storage_class: str | None = None
+    server_side_encryption: EncryptionName | None = None
+    sse_kms_key_id: str | None = None
+    expected_bucket_owner: str | None = None
+    checksum: ChecksumName | None = "CRC64NVME"
+    conditional_writes: bool | None = None
+    connect_timeout_s: float = 10.0
+    read_timeout_s: float = 60.0
+    max_connections: int | None = None
+    memory_budget_bytes: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("throughput_target_gbps", "connect_timeout_s", "read_timeout_s"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < float("inf"):
+                raise S3ConfigError(f"{name} must be a positive number, got {value!r}")
+        for name in ("max_attempts", "max_connections", "memory_budget_bytes", "part_size"):
+            value = getattr(self, name)
+            if value is None and name.startswith(("max_connections", "memory")):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise S3ConfigError(f"{name} must be a positive whole number, got {value!r}")
+        if self.unsigned and self.requester_pays:
+            raise S3ConfigError("requester_pays needs signed requests: unset unsigned")
+        if self.checksum is not None and self.checksum not in get_args(ChecksumName):
+            raise S3ConfigError(
+                f"checksum must be one of {', '.join(get_args(ChecksumName))} or None, "
+                f"got {self.checksum!r}"
+            )
+        if self.server_side_encryption not in (None, *get_args(EncryptionName)):
+            raise S3ConfigError(
+                f"server_side_encryption must be one of {', '.join(get_args(EncryptionName))}, "
+                f"got {self.server_side_encryption!r}"
+            )
+        if self.sse_kms_key_id and self.server_side_encryption in (None, "AES256"):
+            raise S3ConfigError("sse_kms_key_id needs server_side_encryption='aws:kms'")
+        if self.endpoint_url is not None and "://" not in self.endpoint_url:
+            raise S3ConfigError(
+                f"endpoint_url must start with http:// or https://, got {self.endpoint_url!r}"
+            )
+
+    def connections(self) -> int:
+        """Connections that this process may hold open."""
+        if self.max_connections is not None:
+            return self.max_connections
+        bytes_per_s = self.throughput_target_gbps * 1e9 / 8 / _local_world_size()
+        wanted = round(bytes_per_s / _CONNECTION_BYTES_PER_S)
+        return max(_MIN_CONNECTIONS, min(wanted, _MAX_CONNECTIONS))
+
+    def memory_bytes(self) -> int:
+        """Bytes of host memory for buffers of this process."""
+        if self.memory_budget_bytes is not None:
+            return self.memory_budget_bytes
+        return max(_NODE_MEMORY_BYTES // _local_world_size(), 64 * MiB)
+
+
+def _local_world_size() -> int:
+    try:
+        return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    except ValueError:
+        return 1

@@ -1,0 +1,90 @@
+"""Ranges of objects coming down, straight to where they are wanted.
+
+A body that breaks off is resumed from the bytes already held, with the object's ETag pinned, so
+that no two answers are ever mixed.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from s3dcp._checksums import crcs_of
+from s3dcp._errors import CheckpointChangedError, PreconditionFailedError
+from s3dcp._flow import Channel, wait_all
+from s3dcp._keys import S3Uri
+from s3dcp._portal import offload
+from s3dcp._ranges import cut
+from s3dcp._store import ObjectInfo, Scatter, Views
+
+_INLINE_CHECKSUM_BYTES = 256 << 10
+
+
+class Downloads:
+    """Reads of objects that must not change meanwhile. Used on the portal's loop.
+
+    Args:
+        channel: The client's.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._etags: dict[S3Uri, str] = {}
+
+    async def fetch(self, uri: S3Uri, start: int, into: Views, checked: Views = ()) -> list[int]:
+        """Fill `into` with the object's bytes from `start` on.
+
+        Args:
+            uri: The object.
+            start: Offset of the first byte.
+            into: Where the bytes go, in order. Held until this returns or raises.
+            checked: The pieces of that memory whose CRCs are wanted.
+
+        Returns:
+            The item CRC of each view of `checked`.
+
+        Raises:
+            CheckpointChangedError: the object is not the one that was read before.
+            S3Exception: as the store.
+        """
+        scatter = Scatter(into)
+        size_bytes = scatter.size_bytes
+
+        async def attempt() -> None:
+            info = await self._channel.store.get_range(
+                uri, start + scatter.received, scatter, if_match=self._etags.get(uri)
+            )
+            self._pin(uri, info)
+
+        if size_bytes:
+            try:
+                await self._channel.request(
+                    f"GetObject {uri} [{start}, {start + size_bytes})", attempt
+                )
+            except PreconditionFailedError as exc:
+                raise _changed(uri) from exc
+        if sum(view.nbytes for view in checked) < _INLINE_CHECKSUM_BYTES:
+            return crcs_of(checked)
+        return await offload(crcs_of, checked)
+
+    async def fetch_parallel(
+        self, uri: S3Uri, start: int, into: memoryview, range_bytes: int
+    ) -> None:
+        """Fill `into` with the object's bytes from `start` on, several ranges at once."""
+        await wait_all(
+            [
+                partial(self.fetch, uri, start + a, [into[a:b]])
+                for a, b in cut(0, into.nbytes, range_bytes)
+            ]
+        )
+
+    def _pin(self, uri: S3Uri, info: ObjectInfo) -> None:
+        if info.etag is not None and self._etags.setdefault(uri, info.etag) != info.etag:
+            raise _changed(uri)
+
+
+def _changed(uri: S3Uri) -> CheckpointChangedError:
+    return CheckpointChangedError(
+        f"{uri} was replaced while it was being read: load the checkpoint again",
+        bucket=uri.bucket,
+        key=uri.key,
+    )

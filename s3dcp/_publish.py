@@ -1,0 +1,151 @@
+"""Carries out a commit: reads what is there, puts `.metadata`, settles unknown outcomes."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+
+from s3dcp._commit import Attempts, Found, Step, after_failure, next_step
+from s3dcp._errors import (
+    CheckpointExistsError,
+    CommitConflictError,
+    ObjectNotFoundError,
+    PreconditionFailedError,
+    S3Exception,
+    S3ServiceError,
+)
+from s3dcp._flow import Channel, wait_all
+from s3dcp._keys import S3Uri
+from s3dcp._store import Scatter
+from s3dcp._uploads import CLEANUP_ATTEMPTS, checksums_of
+
+_log = logging.getLogger("s3dcp.commits")
+
+_RANGE_NOT_SATISFIABLE = 416
+
+
+async def exists(channel: Channel, uri: S3Uri) -> bool:
+    """Return whether an object is there.
+
+    Asked with a GET of one byte: unlike a HEAD's, its refusal says why, so that a bucket that does
+    not exist is not taken for a key that does not.
+    """
+
+    async def look() -> None:
+        await channel.store.get_range(uri, 0, Scatter([memoryview(bytearray(1))]))
+
+    try:
+        await channel.request(f"GetObject {uri}", look)
+    except ObjectNotFoundError:
+        return False
+    except S3ServiceError as exc:
+        if exc.status != _RANGE_NOT_SATISFIABLE:  # which an empty object answers
+            raise
+    return True
+
+
+async def read(channel: Channel, uri: S3Uri) -> Found | None:
+    """Return a whole object, or None where there is none."""
+
+    try:
+        body, info = await channel.request(f"GetObject {uri}", partial(channel.store.get, uri))
+    except ObjectNotFoundError:
+        return None
+    return Found(body, info.etag)
+
+
+async def publish(
+    channel: Channel, uri: S3Uri, body: bytes, *, overwrite: bool, conditional: bool | None
+) -> Found | None:
+    """Put `body` at `uri` as the whole commit, and return what it replaced.
+
+    Args:
+        channel: The client's.
+        uri: The key of `.metadata`.
+        body: Its bytes, unlike any other save's.
+        overwrite: Whether a checkpoint that is there may be replaced.
+        conditional: Whether the store is known to honour conditions; None: not known.
+
+    Raises:
+        CheckpointExistsError: one is there, and `overwrite` is false.
+        CommitConflictError: another writer committed while the outcome of ours was unknown.
+        S3Exception: as the store; nothing was published, or nothing is known of it.
+    """
+    _, checksum = checksums_of([memoryview(body)], channel.checksum)
+    attempts = Attempts(body=body, overwrite=overwrite, conditional=conditional is not False)
+    replaced: Found | None = None
+    failures = 0
+    while True:
+        found = await read(channel, uri)
+        step, condition = next_step(attempts, found)
+        if step is Step.EXISTS:
+            raise _exists(uri)
+        if step is Step.CONFLICT:
+            raise CommitConflictError(
+                f"Another writer committed to {uri} while the outcome of this save's own commit "
+                "was unknown: load what is there before saving to this path again"
+            )
+        if step is Step.DONE:
+            break
+        try:
+            async with channel.slots:
+                await channel.store.put(
+                    uri, [memoryview(body)], checksum=checksum, condition=condition
+                )
+        except S3Exception as exc:
+            known = after_failure(attempts, exc, found, conditioned=condition is not None)
+            failures += 1
+            if known is None or failures >= channel.retry.max_attempts:
+                raise
+            if isinstance(exc, PreconditionFailedError):
+                conditional = True
+            _log.info("commit of %s: %s; reading back", uri, exc)
+            attempts, replaced = known, found
+            await channel.retry.sleep(channel.retry.delay_s(failures, exc))
+            continue
+        replaced = found
+        break
+    if conditional is None or not attempts.conditional:
+        _warn_single_writer(uri)
+    return replaced
+
+
+async def delete_quietly(channel: Channel, uris: list[S3Uri]) -> None:
+    """Delete objects that nothing refers to; one that stays is logged, never an error."""
+
+    async def delete(uri: S3Uri) -> None:
+        try:
+            await channel.request(
+                f"DeleteObject {uri}",
+                partial(channel.store.delete, uri),
+                max_attempts=CLEANUP_ATTEMPTS,
+            )
+        except ObjectNotFoundError:
+            pass
+        except S3Exception as exc:
+            _log.warning("could not delete %s, which nothing refers to: %s", uri, exc)
+
+    await wait_all([partial(delete, uri) for uri in uris])
+
+
+def _exists(uri: S3Uri) -> CheckpointExistsError:
+    return CheckpointExistsError(
+        f"Checkpoint already exists at {uri} and overwrite=False: save to another path, or pass "
+        "overwrite=True",
+        bucket=uri.bucket,
+        key=uri.key,
+    )
+
+
+_warned: set[str] = set()
+
+
+def _warn_single_writer(uri: S3Uri) -> None:
+    if uri.bucket in _warned:
+        return
+    _warned.add(uri.bucket)
+    _log.warning(
+        "the store behind bucket %r is not known to honour conditional writes: let one job at a "
+        "time save to a path, or set S3ClientConfig(conditional_writes=True) if it does",
+        uri.bucket,
+    )

@@ -1,0 +1,232 @@
+"""`S3StorageReader`: where `dcp.load` reads from."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from s3dcp._commit import Found, metadata_name
+from s3dcp._config import S3ClientConfig
+from s3dcp._constructors import (
+    DCPOptimizedConstructor,
+    DCPS3ReaderConstructorProtocol,
+    S3ReaderConstructor,
+    S3ReaderConstructorProtocol,
+)
+from s3dcp._errors import (
+    CheckpointChangedError,
+    CheckpointNotFoundError,
+    CorruptMetadataError,
+    ObjectNotFoundError,
+    S3Exception,
+)
+from s3dcp._filesystem import S3FileSystem
+from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
+from s3dcp._loading import LoadedItems
+from s3dcp._metadata import load_metadata
+from s3dcp._publish import read
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadIdentity:
+    """Which `.metadata` a rank planned with, so that ranks can tell whether it was the same."""
+
+    path: str
+    etag: str | None
+    save_id: str | None
+
+
+class S3StorageReader(FileSystemReader):
+    """Reads checkpoints from S3.
+
+    By default all ranges that a rank needs are fetched together, straight into its tensors.
+
+    Args:
+        region: The bucket's region.
+        path: The checkpoint's place, `s3://bucket/prefix`.
+        s3client_config: Settings of the client.
+        reader_constructor: `S3ReaderConstructor.dcp_optimized()` (the default), or a constructor of
+            readers for other access patterns, which are used file by file.
+
+    Raises:
+        S3ConfigError: an argument that cannot work.
+    """
+
+    def __init__(
+        self,
+        region: str | None,
+        path: str | os.PathLike[str],
+        s3client_config: S3ClientConfig | None = None,
+        reader_constructor: (
+            S3ReaderConstructorProtocol | DCPS3ReaderConstructorProtocol | None
+        ) = None,
+    ) -> None:
+        self._reader_constructor = reader_constructor or S3ReaderConstructor.dcp_optimized()
+        fs = S3FileSystem(
+            region, s3client_config=s3client_config, reader_constructor=self._reader_constructor
+        )
+        path = fs.init_path(path)
+        super().__init__(path)
+        self.fs = fs
+        self.path = path
+        self.sync_files = False
+        self._found: Found | None = None
+        self._metadata: Metadata | None = None
+        self._global_failure: Exception | None = None
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Forget the last load, and go to another checkpoint if one is given."""
+        super().reset(checkpoint_id)
+        self._found = self._metadata = self._global_failure = None
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Read the checkpoint's metadata.
+
+        Raises:
+            CheckpointNotFoundError: no checkpoint was committed there.
+            CorruptMetadataError: it is truncated, foreign or hostile.
+            S3Exception: as the store.
+        """
+        rank = kwargs.get("rank")
+        if rank is not None and not isinstance(
+            self._global_failure, CheckpointNotFoundError | None
+        ):
+            # torch asks for a rank's own metadata after any failure to read the global one, and
+            # would report only that there is none.
+            raise self._global_failure
+        try:
+            metadata = self._read_metadata(self._metadata_uri(rank))
+        except Exception as exc:
+            if rank is None:
+                self._global_failure = exc
+            raise
+        self._global_failure = None
+        return metadata
+
+    def set_up_storage_reader(
+        self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
+    ) -> None:
+        """Take note of the metadata that the plan will be made from."""
+        super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
+        self._metadata = metadata
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Sort the plan by where its items lie, and tell a DCP reader constructor the ranges."""
+        plan.items.sort(key=self._place)
+        if isinstance(self._reader_constructor, DCPS3ReaderConstructorProtocol):
+            self._reader_constructor.set_item_ranges_by_file(
+                plan.items, self.storage_data, self.path
+            )
+        if self._found is not None and self._metadata is not None and plan.storage_data is None:
+            meta = self._metadata.storage_meta
+            plan.storage_data = LoadIdentity(
+                str(self.path), self._found.etag, meta.save_id if meta else None
+            )
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Check that every rank has planned with the same checkpoint.
+
+        Raises:
+            CheckpointChangedError: it was replaced between two ranks' reads.
+        """
+        identities = {
+            plan.storage_data for plan in plans if isinstance(plan.storage_data, LoadIdentity)
+        }
+        if len(identities) > 1:
+            raise CheckpointChangedError(
+                f"The checkpoint at {self.path} was replaced while ranks were reading its "
+                "metadata: load it again"
+            )
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read this rank's items into the planner's tensors.
+
+        Raises:
+            CheckpointChangedError: the checkpoint was replaced meanwhile.
+            IntegrityError: stored bytes differ from those that were saved.
+            S3Exception: as the store. The targets' contents are then undefined.
+        """
+        base = parse_s3_uri(self.path)
+        source = str(self._metadata_uri(None))
+        for item in plan.items:
+            child_key(base.key, self.storage_data[item.storage_index].relative_path, source=source)
+        try:
+            if isinstance(self._reader_constructor, DCPOptimizedConstructor):
+                self._read_ranges(plan, planner, base)
+            else:
+                super().read_data(plan, planner)
+        except (ObjectNotFoundError, CheckpointChangedError) as exc:
+            raise self._explained(exc) from exc
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Return whether this is the URI of a place in S3."""
+        return S3FileSystem.validate_checkpoint_id(checkpoint_id)
+
+    def _read_ranges(self, plan: LoadPlan, planner: LoadPlanner, base: S3Uri) -> None:
+        portal, channel = self.fs.client.connect()
+        assert self._metadata is not None
+        assert isinstance(self._reader_constructor, DCPOptimizedConstructor)
+        LoadedItems(
+            portal,
+            channel,
+            self.fs.client.s3client_config,
+            planner,
+            self.transforms,
+            max_gap_bytes=self._reader_constructor.max_gap_size,
+        ).read(plan.items, self._metadata, base)
+
+    def _read_metadata(self, uri: S3Uri) -> Metadata:
+        found = self.fs.client.call(read, uri)
+        if found is None:
+            raise CheckpointNotFoundError(
+                f"No checkpoint at {self.path}: there is no {uri}. A save that did not finish "
+                "leaves none; load another one",
+                bucket=uri.bucket,
+                key=uri.key,
+            )
+        metadata = load_metadata(found.body, source=str(uri))
+        if metadata.storage_meta is None:
+            metadata.storage_meta = StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        self._found = dataclasses.replace(found, body=b"")
+        return metadata
+
+    def _metadata_uri(self, rank: int | None) -> S3Uri:
+        base = parse_s3_uri(self.path)
+        return S3Uri(base.bucket, join(base.key, metadata_name(rank)))
+
+    def _place(self, item: ReadItem) -> tuple[str, int]:
+        try:
+            info = self.storage_data[item.storage_index]
+        except KeyError as exc:
+            raise CorruptMetadataError(
+                f"The metadata of {self.path} does not say where {item.storage_index} is stored"
+            ) from exc
+        return info.relative_path, info.offset
+
+    def _explained(self, exc: S3Exception) -> S3Exception:
+        """Return the error to raise for an object that is gone or not the one that was read."""
+        if self._found is None:
+            return exc
+        rank = None if self.use_collectives else self.rank
+        now = self.fs.client.call(read, self._metadata_uri(rank))
+        if now is not None and now.etag == self._found.etag:
+            return exc
+        return CheckpointChangedError(
+            f"The checkpoint at {self.path} was replaced while it was being read: load it again "
+            f"({exc})",
+            bucket=exc.bucket,
+            key=exc.key,
+        )

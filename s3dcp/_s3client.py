@@ -1,0 +1,237 @@
+"""`S3Client`: a handle to one region and configuration, for asyncio code and for the facades.
+
+A handle holds no sockets. Its I/O runs on the process's portal, over a connection pool that all
+handles with the same region, settings and AWS environment share; so a handle pickles, survives a
+fork, and may be used from any number of event loops.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
+from functools import partial
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+from s3dcp._config import S3ClientConfig
+from s3dcp._downloads import Downloads
+from s3dcp._errors import InvalidS3UriError
+from s3dcp._flow import Channel, RetryPolicy, Slots
+from s3dcp._keys import S3Uri, parse_s3_uri
+from s3dcp._portal import Portal, portal
+from s3dcp._ranges import cut, upload_part_bytes
+from s3dcp._store import ObjectInfo
+from s3dcp._uploads import Upload
+
+if TYPE_CHECKING:
+    from types import TracebackType
+    from typing import Self
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class S3Client:
+    """Asynchronous access to S3 objects, with the engine of the checkpoint reader and writer.
+
+    Every method may be awaited from any event loop; cancelling one ends its requests.
+
+        async with S3Client("eu-west-1") as client:
+            await client.put_object("bucket", "key", b"bytes")
+            data = await client.get_object("bucket", "key")
+
+    Args:
+        region: The bucket's region. None: `AWS_REGION`, `AWS_DEFAULT_REGION` or the profile's.
+        s3client_config: Settings; the defaults otherwise.
+    """
+
+    def __init__(
+        self, region: str | None = None, s3client_config: S3ClientConfig | None = None
+    ) -> None:
+        self._region = region or os.environ.get("AWS_REGION") or None
+        self._config = s3client_config or S3ClientConfig()
+        self._open: tuple[Portal, Hashable, Channel] | None = None
+
+    @property
+    def region(self) -> str | None:
+        """The region that was given, or that `AWS_REGION` names."""
+        return self._region
+
+    @property
+    def s3client_config(self) -> S3ClientConfig:
+        """The settings."""
+        return self._config
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(region={self._region!r})"
+
+    def __getstate__(self) -> dict[str, object]:
+        return self.__dict__ | {"_open": None}
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Leave the pool open: it belongs to the process, and closes with it."""
+
+    async def get_object(
+        self, bucket: str, key: str, start: int = 0, end: int | None = None
+    ) -> bytearray:
+        """Return an object's bytes [start, end), read in parallel ranges.
+
+        Raises:
+            S3Exception: as the store.
+        """
+        uri = _object_uri(bucket, key)
+
+        async def get(channel: Channel) -> bytearray:
+            stop = end
+            if stop is None:
+                stop = (await head(channel, uri)).size_bytes
+            data = bytearray(max(stop - start, 0))
+            await Downloads(channel).fetch_parallel(
+                uri, start, memoryview(data), self._config.part_size
+            )
+            return data
+
+        return await self._run(get)
+
+    async def put_object(self, bucket: str, key: str, data: bytes | bytearray | memoryview) -> None:
+        """Write an object, in parallel parts where it is large. Atomic: whole, or not at all.
+
+        Raises:
+            S3Exception: as the store; nothing was written.
+        """
+        uri = _object_uri(bucket, key)
+        view = memoryview(data).cast("B")
+
+        async def put(channel: Channel) -> None:
+            size = upload_part_bytes(view.nbytes, self._config.part_size, channel.slots.count)
+            upload = Upload(channel, uri)
+            if view.nbytes <= size:
+                await upload.put([view])
+            else:
+                await upload.send_all([view[a:b] for a, b in cut(0, view.nbytes, size)])
+
+        await self._run(put)
+
+    async def head_object(self, bucket: str, key: str) -> ObjectInfo:
+        """Return an object's size, ETag and time of change.
+
+        Raises:
+            ObjectNotFoundError: there is none, or no such bucket, which a HEAD cannot tell apart.
+        """
+        uri = _object_uri(bucket, key)
+        return await self._run(partial(head, uri=uri))
+
+    async def list_objects(
+        self, bucket: str, prefix: str = "", delimiter: str = ""
+    ) -> AsyncIterator[ObjectInfo]:
+        """Iterate over the objects (and, with a delimiter, prefixes) that start with `prefix`."""
+        uri = parse_s3_uri(f"s3://{bucket}/{prefix}")
+
+        for info in await self._run(partial(list_all, uri=uri, delimiter=delimiter)):
+            yield info
+
+    async def delete_object(self, bucket: str, key: str) -> None:
+        """Delete an object; an absent one is no error."""
+        uri = _object_uri(bucket, key)
+        await self._run(partial(delete, uri=uri))
+
+    async def copy_object(
+        self, src_bucket: str, src_key: str, dst_bucket: str, dst_key: str
+    ) -> None:
+        """Copy an object of any size inside the store."""
+        source, target = _object_uri(src_bucket, src_key), _object_uri(dst_bucket, dst_key)
+        await self._run(partial(copy, source=source, target=target))
+
+    async def _run(self, function: Callable[[Channel], Awaitable[T]]) -> T:
+        async def on_portal() -> T:
+            return await function(await _channel(self._region, self._config))
+
+        return await portal().run(on_portal)
+
+    # What follows is for the synchronous facades, which submit to the portal themselves.
+
+    def connect(self) -> tuple[Portal, Channel]:
+        """Return the portal and this handle's pool on it."""
+        environment = _aws_environment()
+        here = portal()
+        if self._open is None or self._open[0] is not here or self._open[1] != environment:
+            channel = here.call(_channel, self._region, self._config)
+            self._open = here, environment, channel
+        return self._open[0], self._open[2]
+
+    def call(self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run an engine function that takes a `Channel` first, and wait for it."""
+        here, channel = self.connect()
+        return here.call(function, channel, *args, **kwargs)  # type: ignore[arg-type]
+
+
+async def head(channel: Channel, uri: S3Uri) -> ObjectInfo:
+    """Return what the store says of an object."""
+    return await channel.request(f"HeadObject {uri}", partial(channel.store.head, uri))
+
+
+async def copy(channel: Channel, source: S3Uri, target: S3Uri) -> None:
+    """Copy an object inside the store."""
+    await channel.request(
+        f"CopyObject {source} {target}", partial(channel.store.copy, source, target)
+    )
+
+
+async def delete(channel: Channel, uri: S3Uri, *, max_attempts: int | None = None) -> None:
+    """Delete an object; an absent one is no error."""
+    send = partial(channel.store.delete, uri)
+    await channel.request(f"DeleteObject {uri}", send, max_attempts=max_attempts)
+
+
+async def list_all(channel: Channel, uri: S3Uri, *, delimiter: str = "") -> list[ObjectInfo]:
+    """List what starts with the URI's key."""
+
+    async def collect() -> list[ObjectInfo]:
+        return [info async for info in channel.store.list(uri, delimiter=delimiter)]
+
+    return await channel.request(f"ListObjectsV2 {uri}", collect)
+
+
+def _object_uri(bucket: str, key: str) -> S3Uri:
+    uri = parse_s3_uri(f"s3://{bucket}/{key}")
+    if not uri.key:
+        raise InvalidS3UriError(f"An object needs a key: s3://{bucket}/")
+    return uri
+
+
+_channels: dict[Hashable, Channel] = {}
+
+
+async def _channel(region: str | None, config: S3ClientConfig) -> Channel:
+    """Return the pool for these settings, on the portal that runs this."""
+    from s3dcp._client import S3Store  # noqa: PLC0415 - botocore is only loaded to be used
+
+    here = portal()
+    key = (id(here), region, config, _aws_environment())
+    if (channel := _channels.get(key)) is None:
+        store = S3Store(region, config)
+        here.at_close(store.close)
+        channel = _channels[key] = Channel(
+            store=store,
+            slots=Slots(config.connections()),
+            retry=RetryPolicy(max_attempts=config.max_attempts),
+            checksum=config.checksum,
+        )
+    return channel
+
+
+def _aws_environment() -> Hashable:
+    """Return what of the environment decides where and as whom requests are sent, as a digest.
+
+    A digest, since secrets are among it.
+    """
+    names = [name for name in os.environ if name.upper().startswith("AWS_")]
+    names += [name for name in os.environ if name.upper().endswith("_PROXY")]
+    return hash(tuple((name, os.environ[name]) for name in sorted(set(names))))

@@ -1,0 +1,295 @@
+"""One rank's part of a save: its items become ropes of memory, the ropes parts, the parts requests.
+
+The planner belongs to the caller's thread, so the work is driven from there: it resolves an item,
+frames it, cuts off the parts that are full, and hands each to the portal. Large CPU tensors go out
+from their own memory. What has to be copied (small items, GPU tensors, fallbacks) is charged to a
+budget, and the thread waits for parts to be sent before it copies more.
+"""
+
+from __future__ import annotations
+
+import io
+import queue
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from s3dcp._checksums import combine
+from s3dcp._config import MiB, S3ClientConfig
+from s3dcp._errors import IncompleteSaveError
+from s3dcp._flow import Channel
+from s3dcp._framing import Frame, encode, frame_of, memory_of
+from s3dcp._keys import S3Uri
+from s3dcp._metadata import ItemCrcs, annotate
+from s3dcp._portal import Portal
+from s3dcp._publish import delete_quietly
+from s3dcp._ranges import Fragment, PartCutter, block_bytes, cut, upload_part_bytes
+from s3dcp._torch_internals import _item_size, _StorageInfo, _StorageWriterTransforms
+from s3dcp._uploads import Upload
+
+# Copying less than this is quicker than a view, a checksum and a write for each of its pieces.
+_COPIED_BYTES = 256 << 10
+_MAX_BUFFER_BYTES = 64 * MiB
+
+
+@dataclass(slots=True, eq=False)
+class _Piece:
+    """Some bytes of an item; where it is `blocked`, one of the blocks that have a CRC each.
+
+    A piece may be spread over several parts, which arrive in any order: `sums` has, for each, where
+    it starts, its CRC and its length.
+    """
+
+    blocked: bool = False
+    charged_bytes: int = 0
+    sums: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def sum(self) -> tuple[int, int]:
+        """Return the piece's CRC and length."""
+        ordered = [(crc, size) for _, crc, size in sorted(self.sums)]
+        return combine(ordered), sum(size for _, size in ordered)
+
+
+@dataclass(slots=True, eq=False)
+class _Item:
+    """An item and where it lies."""
+
+    write_item: WriteItem
+    name: str
+    offset: int
+    descriptors: list[str]
+    length: int = 0
+    data_offset: int | None = None
+    data_bytes: int | None = None
+    block_bytes: int | None = None
+    pieces: list[_Piece] = field(default_factory=list)
+
+    def result(self) -> WriteResult:
+        """Return what DCP records of the item, with its CRCs."""
+        info = _StorageInfo(
+            self.name, self.offset, self.length, transform_descriptors=self.descriptors or None
+        )
+        sums = [piece.sum() for piece in self.pieces]
+        crcs = ItemCrcs(
+            item=combine(sums),
+            data_offset=self.data_offset,
+            data_bytes=self.data_bytes,
+            block_bytes=self.block_bytes,
+            blocks=tuple(
+                crc for piece, (crc, _) in zip(self.pieces, sums, strict=True) if piece.blocked
+            ),
+        )
+        annotate(info, crcs)
+        return WriteResult(
+            index=self.write_item.index, size_in_bytes=self.length, storage_data=info
+        )
+
+
+@dataclass(slots=True, eq=False)
+class _File:
+    """An object being written."""
+
+    name: str
+    upload: Upload
+    cutter: PartCutter[_Piece]
+    items: list[_Item] = field(default_factory=list)
+    held: list[Fragment[_Piece]] | None = None
+    sent: int = 0
+
+
+class SavedItems:
+    """Writes the items of one plan as objects of their own names.
+
+    Args:
+        portal: Where the requests run.
+        channel: The client's.
+        config: Its settings.
+        planner: Resolves items, on the caller's thread.
+        transforms: The writer's stream extensions.
+    """
+
+    def __init__(
+        self,
+        portal: Portal,
+        channel: Channel,
+        config: S3ClientConfig,
+        planner: SavePlanner,
+        transforms: _StorageWriterTransforms,
+    ) -> None:
+        self._portal = portal
+        self._channel = channel
+        self._config = config
+        self._planner = planner
+        self._transforms = transforms
+        self._budget_bytes = min(config.memory_bytes(), _MAX_BUFFER_BYTES)
+        self._charged_bytes = 0
+        self._sending: dict[Future[list[int]], list[Fragment[_Piece]]] = {}
+        self._sent: queue.SimpleQueue[Future[list[int]]] = queue.SimpleQueue()
+        self._files: list[_File] = []
+
+    def write(self, files: Sequence[tuple[S3Uri, str, Sequence[WriteItem]]]) -> list[WriteResult]:
+        """Write every file, and return a result for every item.
+
+        Args:
+            files: For each, its place, its name in the metadata, and its items.
+
+        Raises:
+            S3Exception: something could not be written. Nothing of this plan is left behind.
+        """
+        try:
+            for uri, name, items in files:
+                self._open(uri, name, items)
+            for file, (_, _, items) in zip(self._files, files, strict=True):
+                for item in items:
+                    self._add(file, item)
+                self._end(file)
+            self._finish()
+        except BaseException:
+            self._abandon()
+            raise
+        results = [item.result() for file in self._files for item in file.items]
+        expected = sum(len(items) for _, _, items in files)
+        if len(results) != expected:
+            raise IncompleteSaveError(f"{len(results)} of {expected} items were written")
+        return results
+
+    def _open(self, uri: S3Uri, name: str, items: Iterable[WriteItem]) -> None:
+        # All sizes are chosen, and refused, before the first byte is sent.
+        estimate = sum(_item_size(item) for item in items if item.tensor_data is not None)
+        size = upload_part_bytes(estimate, self._config.part_size, self._channel.slots.count)
+        self._files.append(_File(name, Upload(self._channel, uri), PartCutter(size)))
+
+    def _add(self, file: _File, write_item: WriteItem) -> None:
+        item = _Item(write_item, file.name, file.cutter.position, self._descriptors())
+        file.items.append(item)
+        for view, piece in self._pieces(item):
+            item.pieces.append(piece)
+            item.length += view.nbytes
+            self._charged_bytes += piece.charged_bytes
+            for part in file.cutter.push(view, piece):
+                # A full part is held until there is more: the only part of an object is a PUT.
+                self._send_held(file)
+                file.held = part
+
+    def _descriptors(self) -> list[str]:
+        return [ex.get_descriptor() for ex in reversed(self._transforms.extensions)]
+
+    def _pieces(self, item: _Item) -> Iterator[tuple[memoryview, _Piece]]:
+        data = self._planner.resolve_data(item.write_item)
+        if item.write_item.type == WriteItemType.BYTE_IO:
+            if not isinstance(data, io.BytesIO):
+                raise TypeError(f"{item.write_item.index.fqn}: expected BytesIO, got {type(data)}")
+            yield self._buffered(self._transformed(item.write_item, data.getbuffer()))
+            return
+        if not isinstance(data, torch.Tensor):
+            raise TypeError(f"{item.write_item.index.fqn}: expected a tensor, got {type(data)}")
+        tensor = data.detach()
+        if copied := not tensor.is_cpu:
+            self._make_room(tensor.nbytes)
+            tensor = tensor.cpu()
+        frame = frame_of(tensor)
+        if frame is None and tensor.layout is torch.strided:
+            # As stock DCP does for a view of a larger storage; what has gaps gets a frame this way.
+            self._make_room(tensor.nbytes)
+            tensor, copied = tensor.clone(), True
+            frame = frame_of(tensor)
+        if self._transforms.extensions or frame is None:
+            yield self._buffered(self._transformed(item.write_item, encode(tensor)))
+        else:
+            yield from self._framed(item, tensor, frame, copied=copied)
+
+    def _framed(
+        self, item: _Item, tensor: torch.Tensor, frame: Frame, *, copied: bool
+    ) -> Iterator[tuple[memoryview, _Piece]]:
+        item.data_offset, item.data_bytes = len(frame.header), frame.data_bytes
+        memory = memory_of(tensor)
+        if frame.length <= _COPIED_BYTES:
+            joined = b"".join((frame.header, memory, frame.trailer))
+            yield self._buffered(memoryview(joined))
+            return
+        rows = tensor.shape[0] if tensor.ndim and tensor.is_contiguous() else 0
+        item.block_bytes = block_bytes(frame.data_bytes, frame.data_bytes // rows if rows else 0)
+        yield memoryview(frame.header), _Piece()
+        for start, end in cut(0, frame.data_bytes, item.block_bytes or frame.data_bytes):
+            charged = end - start if copied else 0
+            yield memory[start:end], _Piece(item.block_bytes is not None, charged)
+        yield memoryview(frame.trailer), _Piece()
+
+    def _buffered(self, view: memoryview) -> tuple[memoryview, _Piece]:
+        self._make_room(view.nbytes)
+        return view, _Piece(charged_bytes=view.nbytes)
+
+    def _transformed(self, write_item: WriteItem, data: memoryview) -> memoryview:
+        if not self._transforms.extensions:
+            return data
+        sink = io.BytesIO()
+        stream, _ = self._transforms.transform_save_stream(write_item, sink)
+        stream.write(data)
+        stream.close()
+        return sink.getbuffer()
+
+    def _make_room(self, size_bytes: int) -> None:
+        while self._sending and self._charged_bytes + size_bytes > self._budget_bytes:
+            self._settle()
+
+    def _send_held(self, file: _File) -> None:
+        if file.held is not None:
+            part, file.held = file.held, None
+            file.sent += 1
+            self._submit(part, self._portal.submit(file.upload.send, file.sent, _views(part)))
+
+    def _end(self, file: _File) -> None:
+        rest = file.cutter.rest()
+        if file.held is not None and (rest or file.sent):
+            self._send_held(file)
+        if file.held is not None:
+            rest, file.held = file.held, None
+        if not file.sent:
+            self._submit(rest, self._portal.submit(file.upload.put, _views(rest)))
+        elif rest:
+            file.held = rest
+            self._send_held(file)
+
+    def _submit(self, part: list[Fragment[_Piece]], future: Future[list[int]]) -> None:
+        self._sending[future] = part
+        future.add_done_callback(self._sent.put)
+
+    def _settle(self) -> None:
+        future = self._sent.get()
+        part = self._sending.pop(future)
+        for fragment, crc in zip(part, future.result(), strict=True):
+            piece = fragment.owner
+            piece.sums.append((fragment.start, crc, fragment.view.nbytes))
+            if piece.charged_bytes:
+                piece.charged_bytes -= fragment.view.nbytes
+                self._charged_bytes -= fragment.view.nbytes
+
+    def _finish(self) -> None:
+        while self._sending:
+            self._settle()
+        completing = [
+            self._portal.submit(file.upload.complete, file.sent)
+            for file in self._files
+            if file.sent
+        ]
+        for future in completing:
+            self._portal.wait(future)
+
+    def _abandon(self) -> None:
+        self._portal.cancel(list(self._sending))
+        self._portal.call(self._drop)
+
+    async def _drop(self) -> None:
+        for file in self._files:
+            await file.upload.abort()
+        await delete_quietly(
+            self._channel, [file.upload.uri for file in self._files if file.upload.touched]
+        )
+
+
+def _views(part: Iterable[Fragment[_Piece]]) -> list[memoryview]:
+    return [fragment.view for fragment in part]

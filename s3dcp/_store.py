@@ -1,0 +1,162 @@
+"""The words that the engine and a store share, and what the engine needs a store to do."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Protocol
+
+from s3dcp._config import ChecksumName
+from s3dcp._keys import S3Uri
+
+#: Bytes in order, without being joined. Nobody may write to them while a request holds them.
+Views = Sequence[memoryview]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectInfo:
+    """What a store says of an object without sending it."""
+
+    key: str
+    size_bytes: int
+    etag: str | None
+    last_modified: datetime | None = None
+
+    @property
+    def size(self) -> int:
+        """`size_bytes`, under the name that the reference library's readers know."""
+        return self.size_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """A precondition of a PUT: the key must be absent, or hold the object with this ETag."""
+
+    absent: bool = False
+    etag: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Checksum:
+    """A checksum of a body, sent along so that the store can refuse a damaged one."""
+
+    algorithm: ChecksumName
+    value: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Receipt:
+    """A store's answer to a PUT. A checksum counts as supported when it was echoed."""
+
+    etag: str | None
+    checksum_echoed: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """An uploaded part, as the completion of its upload names it."""
+
+    number: int
+    etag: str | None
+    checksum: Checksum | None
+
+
+class Scatter:
+    """Where the bytes of one response go, in order, and how many have arrived.
+
+    A failed request leaves `received` at what is already in place, so that the next attempt asks
+    only for the rest.
+    """
+
+    __slots__ = ("_index", "_offset", "_views", "received", "size_bytes")
+
+    def __init__(self, views: Views) -> None:
+        self._views = [view for view in views if view.nbytes]
+        self._index = 0
+        self._offset = 0
+        self.received = 0
+        self.size_bytes = sum(view.nbytes for view in self._views)
+
+    @property
+    def remaining(self) -> int:
+        """Bytes that have not arrived yet."""
+        return self.size_bytes - self.received
+
+    def free(self) -> memoryview:
+        """Return the place for the next bytes; only valid while `remaining`."""
+        view = self._views[self._index]
+        return view[self._offset :] if self._offset else view
+
+    def advance(self, count: int) -> None:
+        """Take note that `count` bytes were written to the last `free()`."""
+        self.received += count
+        self._offset += count
+        if self._offset == self._views[self._index].nbytes:
+            # Dropped at once: a view keeps its tensor alive.
+            self._views[self._index] = memoryview(b"")
+            self._index += 1
+            self._offset = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Copy `data`, at most `remaining` bytes, to where it belongs."""
+        data = memoryview(data)
+        while data.nbytes:
+            place = self.free()
+            count = min(place.nbytes, data.nbytes)
+            place[:count] = data[:count]
+            self.advance(count)
+            data = data[count:]
+
+
+class Store(Protocol):
+    """S3's requests as the engine sees them: one attempt each, errors already typed."""
+
+    async def get(self, uri: S3Uri) -> tuple[bytes | bytearray, ObjectInfo]:
+        """Return a whole, small object."""
+
+    async def get_range(
+        self, uri: S3Uri, start: int, into: Scatter, *, if_match: str | None = None
+    ) -> ObjectInfo:
+        """Receive `into.remaining` bytes of the object, from `start`."""
+
+    async def head(self, uri: S3Uri) -> ObjectInfo:
+        """Return what is known of the object."""
+
+    def list(self, uri: S3Uri, *, delimiter: str = "") -> AsyncIterator[ObjectInfo]:
+        """Iterate over the objects whose keys start with the URI's key.
+
+        With a delimiter, common prefixes are listed too, with a size of 0 and no ETag.
+        """
+
+    async def put(
+        self,
+        uri: S3Uri,
+        body: Views,
+        *,
+        checksum: Checksum | None = None,
+        condition: Condition | None = None,
+    ) -> Receipt:
+        """Write an object in one request."""
+
+    async def create_upload(self, uri: S3Uri, *, checksum: ChecksumName | None) -> str:
+        """Start a multipart upload and return its id."""
+
+    async def upload_part(
+        self, uri: S3Uri, upload_id: str, number: int, body: Views, *, checksum: Checksum | None
+    ) -> Receipt:
+        """Send a part. Numbers start at 1."""
+
+    async def complete_upload(
+        self, uri: S3Uri, upload_id: str, parts: Sequence[Part], *, checksum: Checksum | None
+    ) -> Receipt:
+        """Publish the parts, in order, as one object."""
+
+    async def abort_upload(self, uri: S3Uri, upload_id: str) -> None:
+        """Drop an upload and its parts."""
+
+    async def delete(self, uri: S3Uri) -> None:
+        """Delete an object; an absent one is no error."""
+
+    async def copy(self, source: S3Uri, target: S3Uri) -> None:
+        """Copy an object of any size inside the store."""

@@ -1,0 +1,190 @@
+"""One object going up: in one request, or as the parts of a multipart upload.
+
+Nothing is visible under the key before the last request, and an upload that fails or is cancelled
+is aborted, so that no parts are left to pay for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from functools import partial
+
+from s3dcp._checksums import ITEM_CHECKSUM, combine, crc_of, crcs_of
+from s3dcp._config import ChecksumName
+from s3dcp._errors import IncompleteSaveError, ObjectNotFoundError, S3Exception
+from s3dcp._flow import Channel, wait_all
+from s3dcp._keys import S3Uri
+from s3dcp._portal import offload
+from s3dcp._store import Checksum, Part, Views
+
+_log = logging.getLogger("s3dcp.uploads")
+
+#: Tries of a request that only tidies up after a failure, whose cause may still be there.
+CLEANUP_ATTEMPTS = 3
+
+# Below this much memory a checksum is quicker than the way to a worker thread and back.
+_INLINE_CHECKSUM_BYTES = 256 << 10
+
+
+class Upload:
+    """One object on its way up. Used on the portal's loop.
+
+    Args:
+        channel: The client's.
+        uri: Where the object goes.
+    """
+
+    def __init__(self, channel: Channel, uri: S3Uri) -> None:
+        self.uri = uri
+        self._channel = channel
+        self._upload_id: asyncio.Task[str] | None = None
+        self._parts: dict[int, tuple[Part, int]] = {}
+        self._sending: set[asyncio.Task[object]] = set()
+        self._closed = False
+        #: Whether there may be an object under the key.
+        self.touched = False
+
+    async def put(self, body: Views) -> list[int]:
+        """Write the whole object in one request; return the item CRC of each view."""
+        crcs, checksum = await self._checksums(body)
+
+        self.touched = True
+        put = partial(self._channel.store.put, self.uri, body, checksum=checksum)
+        await self._channel.request(f"PutObject {self.uri}", put)
+        self._closed = True
+        return crcs
+
+    async def send(self, number: int, body: Views) -> list[int]:
+        """Send part `number` (from 1 on); return the item CRC of each view.
+
+        Parts may be sent in any order, many at once. `body` is held until this returns or raises.
+        """
+        if self._closed:
+            raise IncompleteSaveError(f"The upload of {self.uri} has ended")
+        task = asyncio.current_task()
+        assert task is not None
+        self._sending.add(task)
+        try:
+            return await self._send(number, body)
+        finally:
+            self._sending.discard(task)
+
+    async def _send(self, number: int, body: Views) -> list[int]:
+        upload_id = await self._started()
+        crcs, checksum = await self._checksums(body)
+
+        send = partial(
+            self._channel.store.upload_part, self.uri, upload_id, number, body, checksum=checksum
+        )
+        receipt = await self._channel.request(f"UploadPart {number} {self.uri}", send)
+        # A checksum that the store did not echo is not named again on completion.
+        named = checksum if receipt.checksum_echoed else None
+        part = Part(number=number, etag=receipt.etag, checksum=named)
+        self._parts[number] = part, sum(view.nbytes for view in body)
+        return crcs
+
+    async def send_all(self, parts: Sequence[memoryview]) -> None:
+        """Send all parts at once and publish the object; abort the upload if any fails."""
+        try:
+            await wait_all([partial(self.send, n, [part]) for n, part in enumerate(parts, 1)])
+            await self.complete(len(parts))
+        except BaseException:
+            await self.abort()
+            raise
+
+    async def complete(self, count: int) -> None:
+        """Publish the object, made of parts 1 to `count`.
+
+        Raises:
+            IncompleteSaveError: a part is missing.
+        """
+        if sorted(self._parts) != list(range(1, count + 1)):
+            raise IncompleteSaveError(f"{self.uri} has {len(self._parts)} of {count} parts")
+        upload_id = await self._started()
+        sent = [self._parts[number] for number in range(1, count + 1)]
+        parts = [part for part, _ in sent]
+        checksum = _whole(sent, self._channel.checksum)
+
+        self.touched = True
+        complete = partial(
+            self._channel.store.complete_upload, self.uri, upload_id, parts, checksum=checksum
+        )
+        try:
+            await self._channel.request(f"CompleteMultipartUpload {self.uri}", complete)
+        except ObjectNotFoundError:
+            # The upload is gone: an earlier attempt, whose answer was lost, completed it.
+            size = sum(size for _, size in sent)
+            if (await self._channel.store.head(self.uri)).size_bytes != size:
+                raise
+        self._closed = True
+
+    async def abort(self) -> None:
+        """Stop what is being sent and drop the upload. Idempotent; never raises S3's errors."""
+        self._closed = True
+        sending = [task for task in self._sending if task is not asyncio.current_task()]
+        for task in sending:
+            task.cancel()
+        if sending:
+            await asyncio.wait(sending)
+        if (started := self._upload_id) is None:
+            return
+        self._upload_id = None
+        try:
+            upload_id = await started
+        except (S3Exception, asyncio.CancelledError):
+            return
+
+        abort = partial(self._channel.store.abort_upload, self.uri, upload_id)
+        try:
+            await self._channel.request(
+                f"AbortMultipartUpload {self.uri}", abort, max_attempts=CLEANUP_ATTEMPTS
+            )
+        except ObjectNotFoundError:
+            pass
+        except S3Exception as exc:
+            _log.warning(
+                "could not abort upload %s of %s, its parts stay until they are removed: %s",
+                upload_id,
+                self.uri,
+                exc,
+            )
+
+    async def _started(self) -> str:
+        if self._upload_id is None:
+            # A task of its own, which no single part can cancel for the others.
+            self._upload_id = asyncio.create_task(self._create())
+        return await asyncio.shield(self._upload_id)
+
+    async def _create(self) -> str:
+        create = partial(
+            self._channel.store.create_upload, self.uri, checksum=self._channel.checksum
+        )
+        return await self._channel.request(f"CreateMultipartUpload {self.uri}", create)
+
+    async def _checksums(self, body: Views) -> tuple[list[int], Checksum | None]:
+        if sum(view.nbytes for view in body) < _INLINE_CHECKSUM_BYTES:
+            return checksums_of(body, self._channel.checksum)
+        return await offload(checksums_of, body, self._channel.checksum)
+
+
+def checksums_of(body: Views, algorithm: ChecksumName | None) -> tuple[list[int], Checksum | None]:
+    """Return each view's item CRC, and the checksum of the whole body that the store is sent.
+
+    One pass over the memory serves both, where both are the same CRC.
+    """
+    crcs = crcs_of(body)
+    if algorithm is None:
+        return crcs, None
+    if algorithm == ITEM_CHECKSUM:
+        sizes = (view.nbytes for view in body)
+        return crcs, Checksum(algorithm, combine(zip(crcs, sizes, strict=True)))
+    return crcs, Checksum(algorithm, crc_of(body, algorithm))
+
+
+def _whole(sent: Sequence[tuple[Part, int]], algorithm: ChecksumName | None) -> Checksum | None:
+    pieces = [(part.checksum.value, size) for part, size in sent if part.checksum is not None]
+    if algorithm is None or len(pieces) != len(sent):
+        return None
+    return Checksum(algorithm, combine(pieces, algorithm))

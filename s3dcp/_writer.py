@@ -1,0 +1,235 @@
+"""`S3StorageWriter`: where `dcp.save` and `dcp.async_save` write to."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import uuid
+from typing import Any
+
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
+from torch.distributed.checkpoint.metadata import (
+    STATE_DICT_TYPE,
+    Metadata,
+    MetadataIndex,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from s3dcp._commit import data_name, deletions, metadata_name
+from s3dcp._config import S3ClientConfig
+from s3dcp._errors import (
+    CheckpointExistsError,
+    CorruptMetadataError,
+    IncompleteSaveError,
+    InvalidS3UriError,
+    S3ConfigError,
+)
+from s3dcp._filesystem import S3FileSystem
+from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
+from s3dcp._metadata import dump_metadata, load_metadata
+from s3dcp._prefixes import DefaultPrefixStrategy, S3PrefixStrategyBase
+from s3dcp._publish import delete_quietly, publish
+from s3dcp._saving import SavedItems
+from s3dcp._torch_internals import CURRENT_DCP_VERSION, _split_by_size_and_type
+
+_log = logging.getLogger("s3dcp.writer")
+
+
+@dataclasses.dataclass
+class StorageMetadata:
+    """What a save plan carries to its rank: the prefix of its data objects' names."""
+
+    prefix: str
+
+
+class S3StorageWriter(FileSystemWriter):
+    """Writes checkpoints to S3.
+
+    Every save writes data objects under names of its own, then commits with one atomic PUT of
+    `.metadata`. A checkpoint that was there stays loadable until then; what it alone used is
+    deleted afterwards.
+
+    Args:
+        region: The bucket's region.
+        path: The checkpoint's place, `s3://bucket/prefix`.
+        s3client_config: Settings of the client.
+        prefix_strategy: Spreads the data objects over key prefixes; by default they are all under
+            `path`, as `__{rank}_...`.
+        thread_count: Objects that a rank writes, at once.
+        **kwargs: For torch's `FileSystemWriter`: `overwrite`, `single_file_per_rank`,
+            `cache_staged_state_dict`, `_extensions` and so on.
+
+    Raises:
+        S3ConfigError: an argument that cannot work.
+    """
+
+    def __init__(
+        self,
+        region: str | None,
+        path: str | os.PathLike[str],
+        s3client_config: S3ClientConfig | None = None,
+        prefix_strategy: S3PrefixStrategyBase | None = None,
+        thread_count: int = 1,
+        **kwargs: Any,
+    ) -> None:
+        if kwargs.get("serialization_format") is SerializationFormat.SAFETENSORS:
+            raise S3ConfigError(
+                "serialization_format=SAFETENSORS has no reader in torch's DCP: save with the "
+                "default format, or write safetensors with the Hugging Face storage writer"
+            )
+        if not isinstance(thread_count, int) or thread_count < 1:
+            raise S3ConfigError(f"thread_count must be a positive whole number, got {thread_count}")
+        fs = S3FileSystem(region, s3client_config=s3client_config)
+        path = fs.init_path(path)
+        super().__init__(path=path, thread_count=thread_count, **{"sync_files": False, **kwargs})
+        self.fs = fs
+        self.path = path
+        self.prefix_strategy = prefix_strategy or DefaultPrefixStrategy()
+        self._is_coordinator = True
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Take note of this rank's part in the save."""
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+        self._is_coordinator = is_coordinator
+
+    def stage(self, state_dict: STATE_DICT_TYPE) -> STATE_DICT_TYPE:
+        """Copy the state dict to the CPU for an asynchronous save."""
+        # The thread that will save may run while the interpreter exits, when no thread can be
+        # started any more: the portal's are started now.
+        self.fs.client.connect()
+        return super().stage(state_dict)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Look whether there is a checkpoint already, before anything is written.
+
+        Raises:
+            CheckpointExistsError: there is one, and `overwrite=False`.
+            S3Exception: the bucket cannot be used.
+        """
+        alone = not self.use_collectives
+        if self._is_coordinator or alone:
+            uri = self._metadata_uri()
+            if self.fs.exists(str(uri)):
+                if not self.overwrite:
+                    raise CheckpointExistsError(
+                        f"Checkpoint already exists at {uri} and overwrite=False: save to another "
+                        "path, or pass overwrite=True"
+                    )
+                _log.info("replacing the checkpoint at %s", self.path)
+        if alone and self.rank is not None:
+            plan = dataclasses.replace(
+                plan, storage_data=StorageMetadata(self.prefix_strategy(self.rank))
+            )
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Give every rank the prefix of its objects' names."""
+        return [
+            plan
+            if isinstance(plan.storage_data, StorageMetadata) and not self.use_collectives
+            else dataclasses.replace(plan, storage_data=StorageMetadata(self.prefix_strategy(rank)))
+            for rank, plan in enumerate(plans)
+        ]
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's items.
+
+        Raises:
+            S3Exception: one could not be written. Nothing of this plan is left behind.
+        """
+        base = parse_s3_uri(self.path)
+        # Minted here for every save: with plan caching the plan, and with it all else that could
+        # tell saves apart, may be an earlier save's.
+        token = uuid.uuid4().hex[:16]
+        files: list[tuple[S3Uri, str, list[WriteItem]]] = []
+        for number, items in enumerate(self._buckets(plan)):
+            name = data_name(plan.storage_data.prefix, number, token)
+            key = child_key(base.key, name, source="the prefix strategy")
+            files.append((S3Uri(base.bucket, key), name, items))
+        portal, channel = self.fs.client.connect()
+        config = self.fs.client.s3client_config
+        saved = SavedItems(portal, channel, config, planner, self.transforms).write(files)
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(saved)
+        return future
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Commit the checkpoint: publish its `.metadata`.
+
+        Raises:
+            IncompleteSaveError: something that the metadata describes was not written.
+            CheckpointExistsError: another writer committed first, and `overwrite=False`.
+            CommitConflictError: another writer committed while our outcome was unknown.
+            S3Exception: the store failed; nothing was published.
+        """
+        metadata.version = CURRENT_DCP_VERSION
+        metadata.storage_data = {
+            result.index: result.storage_data for rank in results for result in rank
+        }
+        metadata.storage_meta = self.storage_meta()
+        _check_complete(metadata)
+        uri = self._metadata_uri()
+        replaced = self.fs.client.call(
+            publish,
+            uri,
+            dump_metadata(metadata),
+            overwrite=self.overwrite,
+            conditional=self.fs.client.s3client_config.conditional_writes,
+        )
+        if replaced is not None:
+            self._delete_replaced(replaced.body, metadata, uri)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Return whether this is the URI of a place in S3."""
+        return S3FileSystem.validate_checkpoint_id(checkpoint_id)
+
+    def _metadata_uri(self) -> S3Uri:
+        base = parse_s3_uri(self.path)
+        rank = None if self.use_collectives else self.rank
+        return S3Uri(base.bucket, join(base.key, metadata_name(rank)))
+
+    def _buckets(self, plan: SavePlan) -> list[list[WriteItem]]:
+        # As in stock checkpoints, what is no tensor lies in front of what is.
+        items = sorted(plan.items, key=lambda item: item.type != WriteItemType.BYTE_IO)
+        if not self.single_file_per_rank:
+            return [[item] for item in items]
+        return _split_by_size_and_type(self.thread_count, items)
+
+    def _delete_replaced(self, body: bytes | bytearray, metadata: Metadata, uri: S3Uri) -> None:
+        base = parse_s3_uri(self.path)
+        try:
+            old = load_metadata(body, source=str(uri))
+            names = deletions(
+                (info.relative_path for info in old.storage_data.values()),
+                (info.relative_path for info in metadata.storage_data.values()),
+            )
+            keys = [child_key(base.key, name, source=str(uri)) for name in names]
+        except (CorruptMetadataError, InvalidS3UriError) as exc:
+            _log.warning("objects of the checkpoint that was replaced are left in place: %s", exc)
+            return
+        self.fs.client.call(delete_quietly, [S3Uri(base.bucket, key) for key in keys])
+
+
+def _check_complete(metadata: Metadata) -> None:
+    """Refuse to publish metadata that describes what was not written."""
+    missing = [
+        index
+        for fqn, entry in metadata.state_dict_metadata.items()
+        for index in (
+            [MetadataIndex(fqn, chunk.offsets) for chunk in entry.chunks]
+            if isinstance(entry, TensorStorageMetadata)
+            else [MetadataIndex(fqn)]
+        )
+        if index not in metadata.storage_data
+    ]
+    if missing:
+        names = ", ".join(sorted({index.fqn for index in missing})[:3])
+        raise IncompleteSaveError(
+            f"{len(missing)} items were planned but not written, {names} among them: nothing was "
+            "published"
+        )

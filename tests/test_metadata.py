@@ -1,0 +1,407 @@
+"""A checkpoint's metadata: stock pickles in and out, forged ones refused by name, unexecuted."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import copy
+import gc
+import io
+import os
+import pathlib
+import pickle
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as LegacyProperties
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from s3dcp import _metadata
+from s3dcp._errors import CorruptMetadataError
+from s3dcp._metadata import ItemCrcs, annotate, crcs_of, dump_metadata, load_metadata
+from s3dcp._torch_internals import _StorageInfo
+
+SHAPE = torch.Size((4, 2))
+
+
+def sample(count: int = 2) -> Metadata:
+    properties = TensorProperties(
+        dtype=torch.bfloat16, layout=torch.sparse_coo, memory_format=torch.channels_last
+    )
+    entries: dict[str, Any] = {
+        f"t{i}": TensorStorageMetadata(
+            properties, SHAPE, [ChunkStorageMetadata(torch.Size((0, 0)), SHAPE)]
+        )
+        for i in range(count)
+    }
+    places = {
+        MetadataIndex(f"t{i}", (0, 0), 0): _StorageInfo("__0_0.distcp", i * 2000, 2000)
+        for i in range(count)
+    }
+    entries["b"] = BytesStorageMetadata()
+    places[MetadataIndex("b")] = _StorageInfo("__0_0.distcp", count * 2000, 3)
+    return Metadata(
+        state_dict_metadata=entries,
+        planner_data={"t0": ("t", 0), "b": ("b",)},
+        storage_data=places,
+        storage_meta=StorageMeta(checkpoint_id="s3://b/k", save_id="x"),
+        version="1.0.0",
+    )
+
+
+def load(data: bytes) -> Metadata:
+    return load_metadata(data, source="s3://b/.metadata")
+
+
+def test_round_trip() -> None:
+    metadata = sample()
+    loaded = load(dump_metadata(metadata))
+    assert loaded == metadata
+    assert type(loaded) is Metadata
+    assert {type(info) for info in loaded.storage_data.values()} == {_StorageInfo}
+    # Ranks exchange it by pickling it again.
+    assert pickle.loads(pickle.dumps(loaded)) == metadata
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_every_protocol(protocol: int) -> None:
+    assert load(pickle.dumps(sample(), protocol)) == sample()
+
+
+def test_stock_reads_ours() -> None:
+    metadata = sample()
+    for info in metadata.storage_data.values():
+        annotate(info, ItemCrcs(item=1))
+    assert pickle.loads(dump_metadata(metadata)) == metadata
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, on saving without process groups
+def test_ours_reads_stock(tmp_path: Path) -> None:
+    model = {"w": torch.randn(3, 4), "nested": {"list": [torch.ones(2), 5]}, "text": "x"}
+    save(model, checkpoint_id=tmp_path, no_dist=True)
+    data = (tmp_path / ".metadata").read_bytes()
+    loaded, stock = load(data), pickle.loads(data)
+    assert loaded.storage_meta is not None
+    assert loaded.storage_meta.checkpoint_id == pathlib.PurePosixPath(tmp_path)
+    loaded.storage_meta = stock.storage_meta
+    assert loaded == stock
+
+
+def test_checkpoints_of_torch_2_2_and_before() -> None:
+    metadata = sample()
+    for entry in metadata.state_dict_metadata.values():
+        if isinstance(entry, TensorStorageMetadata):
+            entry.properties = LegacyProperties(dtype=torch.float16)  # type: ignore[assignment]
+    del metadata.__dict__["storage_meta"], metadata.__dict__["version"]
+    loaded = load(dump_metadata(metadata))
+    assert loaded == metadata
+    entry = loaded.state_dict_metadata["t0"]
+    assert isinstance(getattr(entry, "properties", None), LegacyProperties)
+
+
+@pytest.mark.parametrize("module", ["pathlib", "pathlib._local"])
+@pytest.mark.parametrize("name", ["PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"])
+def test_paths_of_every_python_and_system(module: str, name: str) -> None:
+    # Protocol 2 names globals as text, so that a path of another Python can be written.
+    path = global_of(module, name) + b"X\x01\0\0\0aX\x01\0\0\0b\x86R"
+    data = pickle.dumps(sample(), 2).replace(b"X\x08\0\0\0s3://b/k", path)
+    meta = load(data).storage_meta
+    assert meta is not None
+    expected = pathlib.PureWindowsPath if "Windows" in name else pathlib.PurePosixPath
+    assert meta.checkpoint_id == expected("a", "b")
+    assert type(meta.checkpoint_id) is expected
+
+
+def test_truncation_at_every_byte() -> None:
+    data = dump_metadata(sample(1))
+    for length in range(len(data)):
+        with pytest.raises(CorruptMetadataError, match=r"s3://b/\.metadata"):
+            load(data[:length])
+
+
+@pytest.mark.parametrize("position", range(0, 600, 3))
+def test_damage_is_found_or_harmless(position: int) -> None:
+    data = bytearray(dump_metadata(sample(1)))
+    data[position] ^= 0x55
+    with contextlib.suppress(CorruptMetadataError):
+        load(bytes(data))
+
+
+@pytest.mark.parametrize("data", [b"", b"\x80", b"<?xml version='1.0'?>", b"PK\3\4", b"\0" * 99])
+def test_no_pickle(data: bytes) -> None:
+    with pytest.raises(CorruptMetadataError, match="truncated or no checkpoint metadata"):
+        load(data)
+
+
+def forged(**changes: Any) -> Metadata:
+    metadata = sample(1)
+    for name, value in changes.items():
+        setattr(metadata, name, value)
+    return metadata
+
+
+def place(*arguments: Any, **attributes: Any) -> dict[Any, Any]:
+    info = _StorageInfo(*(arguments or ("f", 0, 1)))
+    vars(info).update(attributes)
+    return {MetadataIndex("t0"): info}
+
+
+def bare(cls: type, **attributes: Any) -> Any:
+    made: Any = object.__new__(cls)
+    vars(made).update(attributes)
+    return made
+
+
+def entry(**changes: Any) -> dict[str, Any]:
+    made = copy.copy(sample(1).state_dict_metadata["t0"])
+    vars(made).update(changes)
+    return {"t0": made}
+
+
+CHUNK = bare(ChunkStorageMetadata, offsets=(0,), sizes=SHAPE)
+
+
+@pytest.mark.parametrize(
+    ("thing", "problem"),
+    [
+        (None, "holds a NoneType"),
+        ({"a": 1}, "holds a dict"),
+        (collections.OrderedDict(), "holds a OrderedDict"),
+        (torch.float32, "holds a dtype"),
+        (bare(Metadata), "is incomplete"),
+        (forged(state_dict_metadata=None), "lists no tensors"),
+        (forged(state_dict_metadata={1: BytesStorageMetadata()}), "names an entry 1"),
+        (forged(state_dict_metadata={"t": "x"}), "'t' by a str"),
+        (forged(state_dict_metadata=entry(chunks=None)), "describes the tensor 't0'"),
+        (forged(state_dict_metadata=entry(chunks=[1])), "describes the tensor 't0'"),
+        (forged(state_dict_metadata=entry(chunks=[CHUNK])), "describes the tensor 't0'"),
+        (forged(state_dict_metadata=entry(size=(4, 2))), "describes the tensor 't0'"),
+        (forged(state_dict_metadata=entry(properties=torch.float32)), "describes the tensor 't0'"),
+        (forged(state_dict_metadata={"t": bare(TensorStorageMetadata)}), "is incomplete"),
+        (forged(storage_data=None), "does not say where its items are stored"),
+        (forged(storage_data=[]), "does not say where its items are stored"),
+        (forged(storage_data={"t0": _StorageInfo("f", 0, 1)}), "stores an item under a str"),
+        (forged(storage_data={MetadataIndex("t0"): 5}), "does not say where 't0' is stored"),
+        (forged(storage_data=place(b"f", 0, 1)), "does not say where 't0' is stored"),
+        (forged(storage_data=place("f", -1, 1)), "does not say where 't0' is stored"),
+        (forged(storage_data=place("f", 0, 1.5)), "does not say where 't0' is stored"),
+        (forged(storage_data=place("f", True, 1)), "does not say where 't0' is stored"),
+        (forged(storage_data=place(transform_descriptors="x")), "does not say where 't0'"),
+        (forged(storage_data={MetadataIndex("t0"): bare(_StorageInfo)}), "is incomplete"),
+        (forged(storage_meta="x"), "has a str for its storage"),
+    ],
+)
+def test_other_contents(thing: object, problem: str) -> None:
+    with pytest.raises(CorruptMetadataError, match=problem) as caught:
+        load(pickle.dumps(thing))
+    assert "s3://b/.metadata" in str(caught.value)
+
+
+class Call:
+    """Pickles as a call of whatever it is given."""
+
+    def __init__(self, function: object, *arguments: object) -> None:
+        self._reduced = function, arguments
+
+    def __reduce__(self) -> Any:
+        return self._reduced
+
+
+@pytest.mark.parametrize(
+    ("call", "name"),
+    [
+        (Call(os.system, "echo executed"), "(posix|nt).system"),
+        (Call(eval, "print('executed')"), "builtins.eval"),
+        (Call(exec, "print('executed')"), "builtins.exec"),
+        (Call(getattr, torch.Size, "__class__"), "builtins.getattr"),
+        (Call(print, "executed"), "builtins.print"),
+        (Call(io.open, "/etc/passwd"), "(_io|io).open"),
+        (Call(torch.load, "x"), "torch.serialization.load"),
+        (Call(bytearray, 1 << 50), "builtins.bytearray"),
+        (Call(object), "builtins.object"),
+        (Call(type, "x", (), {}), "builtins.type"),
+    ],
+)
+@pytest.mark.parametrize("nest", ["alone", "planner_data", "version", "storage_meta"])
+def test_hostile_globals(
+    call: Call, name: str, nest: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    thing = call if nest == "alone" else forged(**{nest: {"deep": [(call,)]}})
+    with pytest.raises(CorruptMetadataError, match=name):
+        load(pickle.dumps(thing))
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("Size.__class__", "serialization.os.system", "os", "load", "hub.load", "_C", "Tensor"),
+        *("dtype", "strided", "__builtins__", "float32.__class__", "Size.__new__", ""),
+    ],
+)
+def test_attributes_of_torch(name: str) -> None:
+    encoded = name.encode()
+    data = b"\x80\x04\x8c\x05torch\x8c" + bytes([len(encoded)]) + encoded + b"\x93."
+    with pytest.raises(CorruptMetadataError, match=rf"names torch\.{re.escape(name)},"):
+        load(data)
+
+
+def global_of(module: str, name: str) -> bytes:
+    return f"c{module}\n{name}\n".encode()
+
+
+def short(text: str) -> bytes:
+    return b"\x8c" + bytes([len(text)]) + text.encode()
+
+
+@pytest.mark.parametrize(("module", "name"), _metadata._GLOBALS)
+def test_nothing_that_is_admitted_can_be_altered(module: str, name: str) -> None:
+    """BUILD sets attributes on whatever it finds on the stack."""
+    try:
+        real = getattr(__import__(module, fromlist=["x"]), name)
+    except (ImportError, AttributeError):  # another Python's pathlib
+        real = None
+    before = dict(vars(real)) if isinstance(real, type) else {}
+    stand_in = _metadata._GLOBALS[module, name]
+    for attribute in ("__setstate__", "__reduce_ex__", "__eq__", "offset", "cache"):
+        for state in (
+            b"}" + short(attribute) + b"K\x01s",  # {attribute: 1} goes into __dict__
+            b"N}" + short(attribute) + b"K\x01s\x86",  # (None, {attribute: 1}) through setattr
+        ):
+            with pytest.raises(CorruptMetadataError):
+                load(b"\x80\x04" + global_of(module, name) + state + b"b.")
+    if isinstance(real, type):
+        assert dict(vars(real)) == before
+    if isinstance(stand_in, type):
+        assert not any(vars(stand_in).get(name) == 1 for name in ("__eq__", "offset", "cache"))
+
+
+def test_memory_formats_cannot_be_altered() -> None:
+    encoding = global_of(_metadata._METADATA, "_MEM_FORMAT_ENCODING") + b"K\x00\x85R"
+    for state in (b"}" + short("_value_") + b"K\x02s", b"N}" + short("_value_") + b"K\x02s\x86"):
+        with pytest.raises(CorruptMetadataError):
+            load(b"\x80\x04" + encoding + state + b"b.")
+
+
+def test_trusted_metadata_is_plain_pickle() -> None:
+    metadata = forged(planner_data=Call(complex, 1, 2))
+    data = pickle.dumps(metadata)
+    with pytest.raises(CorruptMetadataError, match=r"builtins\.complex"):
+        load(data)
+    loaded = load_metadata(data, source="x", trusted=True)
+    assert loaded.planner_data == 1 + 2j
+    with pytest.raises(CorruptMetadataError, match=r"x holds a dict"):
+        load_metadata(pickle.dumps({}), source="x", trusted=True)
+
+
+def test_memoryviews_are_taken() -> None:
+    assert load_metadata(memoryview(dump_metadata(sample())), source="x") == sample()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_collector_is_left_as_it_was(enabled: bool) -> None:
+    was_enabled = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        load(dump_metadata(sample()))
+        with pytest.raises(CorruptMetadataError):
+            load(b"")
+        assert gc.isenabled() is enabled
+    finally:
+        (gc.enable if was_enabled else gc.disable)()
+
+
+def test_checking_costs_little_next_to_unpickling() -> None:
+    data = dump_metadata(sample(20_000))
+    started = time.process_time()
+    pickle.loads(data)
+    stock = time.process_time() - started
+    started = time.process_time()
+    load(data)
+    assert time.process_time() - started < 3 * stock + 0.2
+
+
+CRCS = [
+    ItemCrcs(item=0),
+    ItemCrcs(item=2**64 - 1, data_offset=704, data_bytes=0),
+    ItemCrcs(item=5, data_offset=704, data_bytes=100),
+    ItemCrcs(item=5, data_offset=704, data_bytes=0, block_bytes=10),
+    ItemCrcs(item=5, data_offset=0, data_bytes=25, block_bytes=10, blocks=(1, 2**64 - 1, 0)),
+]
+
+
+@pytest.mark.parametrize("crcs", CRCS)
+def test_checksums_travel_in_the_metadata(crcs: ItemCrcs) -> None:
+    metadata = sample()
+    annotate(metadata.storage_data[MetadataIndex("t1", (0, 0))], crcs)
+    loaded = load(dump_metadata(metadata)).storage_data
+    assert crcs_of(loaded[MetadataIndex("t1", (0, 0))]) == crcs
+    assert crcs_of(loaded[MetadataIndex("t0", (0, 0))]) is None
+
+
+def test_checksums_take_few_bytes() -> None:
+    metadata = sample(100)
+    plain = len(dump_metadata(metadata))
+    for info in metadata.storage_data.values():
+        annotate(info, ItemCrcs(item=2**63, data_offset=704, data_bytes=10**6))
+    assert len(dump_metadata(metadata)) - plain < 40 * 101
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"item": -1},
+        {"item": 2**64},
+        {"item": 1.0},
+        {"item": True},
+        {"item": 1, "data_offset": 5},
+        {"item": 1, "data_bytes": 5},
+        {"item": 1, "data_offset": -1, "data_bytes": 5},
+        {"item": 1, "block_bytes": 5},
+        {"item": 1, "data_offset": 0, "data_bytes": 5, "block_bytes": 0},
+        {"item": 1, "data_offset": 0, "data_bytes": 5, "block_bytes": 5},
+        {"item": 1, "data_offset": 0, "data_bytes": 5, "block_bytes": 5, "blocks": (1, 2)},
+        {"item": 1, "data_offset": 0, "data_bytes": 5, "blocks": (1,)},
+        {"item": 1, "blocks": (1,)},
+        {"item": 1, "data_offset": 0, "data_bytes": 5, "block_bytes": 5, "blocks": (-1,)},
+    ],
+)
+def test_impossible_checksums(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError):  # noqa: PT011  # every text is another
+        ItemCrcs(**fields)
+
+
+@pytest.mark.parametrize(
+    "packed",
+    [
+        *(5, (), "text", (1, 2, 3), [None] * 5),
+        (1, None, None, None, "text"),
+        (1, None, None, None, None),
+        (1, None, None, None, b"\0" * 8),
+        (1, 0, 5, 5, b"\0" * 7),
+        (1, 0, 5, 5, b"\0" * 9),
+        (1, 0, 5, 5, b"\0" * 16),
+        ("1", 0, 5, None, b""),
+        (1, "0", 5, None, b""),
+        (1, 1999, 2, None, b""),
+    ],
+    ids=str,
+)
+def test_malformed_checksums(packed: object) -> None:
+    info = _StorageInfo("__0_0.distcp", 7, 2000)
+    setattr(info, _metadata._CRCS, packed)
+    with pytest.raises(CorruptMetadataError, match=r"at byte 7 of '__0_0\.distcp' are malformed"):
+        crcs_of(info)

@@ -35,8 +35,8 @@ class Block(nn.Module):
         query, key, value = heads.transpose(1, 2).chunk(3, dim=1)
         attended = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.project(attended.transpose(1, 2).flatten(-2))
-        x = x + self.mlp(self.mlp_norm(x))
-        return x
+        thought: Tensor = self.mlp(self.mlp_norm(x))
+        return x + thought
 
 
 class GPT(nn.Module):

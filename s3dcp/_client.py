@@ -204,7 +204,9 @@ class S3Store:
             ranges = even_ranges(0, info.size_bytes, _COPY_PART_BYTES)
             async with asyncio.TaskGroup() as group:
                 tasks = [
-                    group.create_task(self._copy_part(copied_from, target, upload_id, n, a, b))
+                    group.create_task(
+                        self._copy_part(copied_from, target, upload_id, n, start=a, end=b)
+                    )
                     for n, (a, b) in enumerate(ranges, 1)
                 ]
             await self.complete_upload(
@@ -223,6 +225,7 @@ class S3Store:
         target: S3Uri,
         upload_id: str,
         number: int,
+        *,
         start: int,
         end: int,
     ) -> Part:
@@ -325,7 +328,7 @@ class _Prepared(contextlib.AbstractAsyncContextManager[Any]):
         client.meta.events.register("before-call.s3", _stay_in_region)
         return client
 
-    async def __aexit__(self, *exc_info: Any) -> None:
+    async def __aexit__(self, *exc_info: Any) -> None:  # noqa: PYI036 - only passed on
         await self._creator.__aexit__(*exc_info)
 
 
@@ -382,11 +385,11 @@ def _checked_range(answer: dict[str, Any], start: int, end: int) -> int:
     status = answer["ResponseMetadata"]["HTTPStatusCode"]
     length = answer.get("ContentLength")
     shown = answer.get("ContentRange")
-    if status == 206 and shown and (match := _CONTENT_RANGE.fullmatch(shown)):  # noqa: PLR2004
+    if status == 206 and shown and (match := _CONTENT_RANGE.fullmatch(shown)):
         first, last, size = (int(number) for number in match.groups())
         if (first, last + 1) == (start, end) and length == end - start:
             return size
-    elif status == 200 and start == 0 and length == end:  # noqa: PLR2004
+    elif status == 200 and start == 0 and length == end:
         return end
     raise S3ProtocolError(
         f"Asked for bytes [{start}, {end}), the store answered {status} with "

@@ -88,13 +88,7 @@ def next_step(attempts: Attempts, found: Found | None) -> tuple[Step, Condition 
         return Step.CONFLICT, None
     if found is not None and not attempts.overwrite:
         return Step.EXISTS, None
-    if not attempts.conditional:
-        return Step.PUT, None
-    if found is None:
-        return Step.PUT, Condition(absent=True)
-    if found.etag is None or found.etag.startswith("W/"):
-        return Step.PUT, None  # a weak ETag cannot be matched
-    return Step.PUT, Condition(etag=found.etag)
+    return Step.PUT, _condition(found) if attempts.conditional else None
 
 
 def after_failure(
@@ -118,6 +112,14 @@ def after_failure(
 def deletions(replaced: Iterable[str], published: Iterable[str]) -> list[str]:
     """Return the names that only the replaced checkpoint used."""
     return sorted(set(replaced) - set(published))
+
+
+def _condition(found: Found | None) -> Condition | None:
+    if found is None:
+        return Condition(absent=True)
+    if found.etag is None or found.etag.startswith("W/"):
+        return None  # a weak ETag cannot be matched
+    return Condition(etag=found.etag)
 
 
 def _key_changed(before: Found | None, now: Found | None) -> bool:

@@ -82,6 +82,10 @@ class S3ClientConfig:
     memory_budget_bytes: int | None = None
 
     def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_choices()
+
+    def _check_numbers(self) -> None:
         for name in ("throughput_target_gbps", "connect_timeout_s", "read_timeout_s"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < float("inf"):
@@ -92,6 +96,8 @@ class S3ClientConfig:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise S3ConfigError(f"{name} must be a positive whole number, got {value!r}")
+
+    def _check_choices(self) -> None:
         if self.unsigned and self.requester_pays:
             raise S3ConfigError("requester_pays needs signed requests: unset unsigned")
         if self.checksum is not None and self.checksum not in get_args(ChecksumName):

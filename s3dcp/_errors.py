@@ -33,7 +33,7 @@ by code and status, never by text.
 from __future__ import annotations
 
 
-class S3Exception(Exception):
+class S3Exception(Exception):  # noqa: N818 - the reference library's name
     """The root of s3dcp's errors.
 
     Args:

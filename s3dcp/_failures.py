@@ -17,7 +17,7 @@ from s3dcp._keys import S3Uri
 
 _log = logging.getLogger("s3dcp.client")
 
-_BY_CODE: dict[str, type[S3ServiceError] | type[errors.S3CredentialsError]] = {
+_BY_CODE: dict[str, type[S3ServiceError | errors.S3CredentialsError]] = {
     "NoSuchKey": errors.ObjectNotFoundError,
     "NoSuchUpload": errors.ObjectNotFoundError,
     "NoSuchVersion": errors.ObjectNotFoundError,
@@ -97,12 +97,16 @@ def mapped(operation: str, uri: S3Uri) -> Iterator[None]:
 
 def map_error(exc: Exception, operation: str, uri: S3Uri) -> S3Exception:
     """Return the typed error for what a library raised during a request."""
-    where = {"operation": operation, "bucket": uri.bucket, "key": uri.key}
     if isinstance(exc, boto.ClientError):
         return _map_answer(exc, operation, uri)
     kind, hint = _kind_of(exc)
     cause = str(exc) or type(exc).__name__
-    failure = kind(_sentence(f"{operation} {uri} failed", cause, hint), **where)
+    failure = kind(
+        _sentence(f"{operation} {uri} failed", cause, hint),
+        operation=operation,
+        bucket=uri.bucket,
+        key=uri.key,
+    )
     if isinstance(exc, boto.SSLError):
         # A certificate that is not trusted now will not be in a second.
         failure.retryable = False
@@ -174,9 +178,9 @@ def _map_answer(exc: boto.ClientError, operation: str, uri: S3Uri) -> S3Exceptio
     code = str(error.get("Code", status))
     kind: type[S3Exception] = _BY_CODE.get(code) or _BY_STATUS.get(status) or S3ServiceError
     region = headers.get("x-amz-bucket-region") or error.get("Region")
-    if kind is S3ServiceError and status >= 500 and status != 501:  # noqa: PLR2004
+    if kind is S3ServiceError and status >= 500 and status != 501:
         kind = errors.ServerError
-    elif kind is S3ServiceError and status == 400 and region and code in {"400", "BadRequest"}:  # noqa: PLR2004
+    elif kind is S3ServiceError and status == 400 and region and code in {"400", "BadRequest"}:
         kind = errors.WrongRegionError  # what a HEAD, which has no body, is told
     hint = _HINTS.get(kind, "")
     if kind is errors.WrongRegionError and region:

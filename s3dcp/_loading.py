@@ -85,7 +85,7 @@ class _Stored:
 
 @dataclass(slots=True, eq=False)
 class _Fetch:
-    """A span on its way, and where its items' bytes lie: whose, from which offset, in what memory."""
+    """A span on its way, and whose bytes lie in what memory from which offset on."""
 
     span: Span[_Stored]
     uri: S3Uri
@@ -295,7 +295,7 @@ class LoadedItems:
             and layout.dtype == target.dtype
             and layout.shape == tuple(target.shape)
         ):
-            # Another writer's header, and perhaps its strides: the bytes are right, not their order.
+            # Another writer's header, and perhaps its strides: the right bytes in another order.
             raw = target.clone().view(-1)
             target.copy_(raw.as_strided(layout.shape, layout.stride, layout.storage_offset))
             return True
@@ -320,7 +320,7 @@ class LoadedItems:
                 self._planner.load_bytes(request, io.BytesIO(data))
                 continue
             if tensor is None:
-                tensor = _tensor_of(data, item)
+                tensor = _tensor_of(data)
             target = next(targets)
             part = narrow_tensor_by_index(tensor, request.storage_offsets, request.lengths)
             if target.size() != part.size():
@@ -399,7 +399,7 @@ def _verify(item: _Stored) -> None:
         )
 
 
-def _tensor_of(data: memoryview, item: _Stored) -> torch.Tensor:
+def _tensor_of(data: memoryview) -> torch.Tensor:
     """Return the stored tensor, over `data` itself where its layout is plain."""
     layout = parse_header(data, data.nbytes)
     if layout is None:
@@ -416,15 +416,13 @@ def _places(want: Want[_Stored]) -> list[memoryview]:
     item = want.owner
     start, end = want.start - item.info.offset, want.end - item.info.offset
     if item.memory is None:
-        assert item.buffer is not None
-        return [item.buffer[start:end]]
-    assert item.edges is not None
-    assert item.frame is not None
-    data_at, data_bytes = len(item.frame.header), item.frame.data_bytes
+        return [cast("memoryview", item.buffer)[start:end]]
+    edges, frame = cast("memoryview", item.edges), cast("Frame", item.frame)
+    data_at, data_bytes = len(frame.header), frame.data_bytes
     views = [
-        item.edges[start : min(end, data_at)],
+        edges[start : min(end, data_at)],
         item.memory[max(start - data_at, 0) : max(end - data_at, 0)],
-        item.edges[max(start - data_bytes, data_at) : max(end - data_bytes, data_at)],
+        edges[max(start - data_bytes, data_at) : max(end - data_bytes, data_at)],
     ]
     return [view for view in views if view.nbytes]
 

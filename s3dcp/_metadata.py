@@ -125,7 +125,9 @@ def dump_metadata(metadata: Metadata) -> bytes:
         return pickle.dumps(metadata)
 
 
-def load_metadata(data: bytes | memoryview, *, source: str, trusted: bool = False) -> Metadata:
+def load_metadata(
+    data: bytes | bytearray | memoryview, *, source: str, trusted: bool = False
+) -> Metadata:
     """Unpickle a checkpoint's metadata without running anything that it names.
 
     Paths in it become pure paths, whatever system and Python wrote them.
@@ -333,7 +335,7 @@ _GLOBALS: dict[tuple[str, str], object] = {
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, data: bytes | memoryview, source: str) -> None:
+    def __init__(self, data: bytes | bytearray | memoryview, source: str) -> None:
         super().__init__(io.BytesIO(data))
         self._source = source
 

@@ -52,7 +52,7 @@ class ViewsPayload(Payload):
 
     def seek(self, offset: int, whence: int = 0) -> int:
         """Rewind, which takes nothing: every write starts at the first byte."""
-        if whence == 2:  # noqa: PLR2004 - os.SEEK_END
+        if whence == 2:
             return self._nbytes + offset
         return offset
 

@@ -252,7 +252,7 @@ class Portal:
         self._refuse_own_thread()
         try:
             self.submit(self._shut).result(GRACE_S)
-        except Exception:
+        except Exception:  # noqa: BLE001 - whatever is left, the threads are to end
             _log.debug("closing the portal", exc_info=True)
         self._call_soon(self._loop.stop)
         self._thread.join(GRACE_S)
@@ -269,9 +269,9 @@ class Portal:
             await closer()
 
     def _call_soon(self, function: Callable[[], None]) -> None:
+        if not self.is_alive:
+            raise PortalError("The I/O thread has ended and takes no more calls")
         try:
-            if not self.is_alive:
-                raise RuntimeError("its thread has ended")
             self._loop.call_soon_threadsafe(function)
         except RuntimeError as exc:
             raise PortalError(f"The I/O thread takes no more calls: {exc}") from exc

@@ -46,7 +46,6 @@ async def exists(channel: Channel, uri: S3Uri) -> bool:
 
 async def read(channel: Channel, uri: S3Uri) -> Found | None:
     """Return a whole object, or None where there is none."""
-
     try:
         body, info = await channel.request(f"GetObject {uri}", partial(channel.store.get, uri))
     except ObjectNotFoundError:

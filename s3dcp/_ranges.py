@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 from s3dcp._errors import S3ConfigError
@@ -214,7 +215,7 @@ def even_ranges(start: int, end: int, max_bytes: int) -> Sequence[tuple[int, int
     """Divide [start, end) into the fewest ranges within `max_bytes`, of nearly equal size."""
     count = -(-(end - start) // max_bytes)
     edges = [start + (end - start) * n // count for n in range(count + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(pairwise(edges))
 
 
 def _bounds(want: Want[T]) -> tuple[int, int]:

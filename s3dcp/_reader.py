@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from typing import Any
+from typing import Any, cast
 
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -73,7 +73,7 @@ class S3StorageReader(FileSystemReader):
         )
         path = fs.init_path(path)
         super().__init__(path)
-        self.fs = fs
+        self.fs: S3FileSystem = fs  # type: ignore[assignment]  # in place of torch's own
         self.path = path
         self.sync_files = False
         self._found: Found | None = None
@@ -85,7 +85,7 @@ class S3StorageReader(FileSystemReader):
         super().reset(checkpoint_id)
         self._found = self._metadata = self._global_failure = None
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    def read_metadata(self, *_args: Any, **kwargs: Any) -> Metadata:
         """Read the checkpoint's metadata.
 
         Raises:
@@ -160,7 +160,7 @@ class S3StorageReader(FileSystemReader):
             child_key(base.key, self.storage_data[item.storage_index].relative_path, source=source)
         try:
             if isinstance(self._reader_constructor, DCPOptimizedConstructor):
-                self._read_ranges(plan, planner, base)
+                self._read_ranges(plan, planner, base, self._reader_constructor.max_gap_size)
             else:
                 super().read_data(plan, planner)
         except (ObjectNotFoundError, CheckpointChangedError) as exc:
@@ -174,18 +174,18 @@ class S3StorageReader(FileSystemReader):
         """Return whether this is the URI of a place in S3."""
         return S3FileSystem.validate_checkpoint_id(checkpoint_id)
 
-    def _read_ranges(self, plan: LoadPlan, planner: LoadPlanner, base: S3Uri) -> None:
+    def _read_ranges(
+        self, plan: LoadPlan, planner: LoadPlanner, base: S3Uri, max_gap_bytes: float
+    ) -> None:
         portal, channel = self.fs.client.connect()
-        assert self._metadata is not None
-        assert isinstance(self._reader_constructor, DCPOptimizedConstructor)
         LoadedItems(
             portal,
             channel,
             self.fs.client.s3client_config,
             planner,
             self.transforms,
-            max_gap_bytes=self._reader_constructor.max_gap_size,
-        ).read(plan.items, self._metadata, base)
+            max_gap_bytes=max_gap_bytes,
+        ).read(plan.items, cast("Metadata", self._metadata), base)
 
     def _read_metadata(self, uri: S3Uri) -> Metadata:
         found = self.fs.client.call(read, uri)

@@ -51,17 +51,17 @@ async def receive(response: aiohttp.ClientResponse, into: Scatter, idle_timeout_
                 await _expect_end(response)
         else:
             await _receive_copied(response, into)
+    except S3Exception:
+        response.close()
+        raise
     except (TimeoutError, aiohttp.ServerTimeoutError) as exc:
         response.close()
-        if isinstance(exc, S3Exception):
-            raise
         raise S3TimeoutError(f"No byte came for {idle_timeout_s:g} s") from exc
     except (aiohttp.ClientError, OSError) as exc:
         response.close()
-        if isinstance(exc, S3Exception):
-            raise
+        cause = str(exc) or type(exc).__name__
         raise S3ConnectionError(
-            f"The body broke off with {into.remaining} bytes to come: {exc or type(exc).__name__}"
+            f"The body broke off with {into.remaining} bytes to come: {cause}"
         ) from exc
     except BaseException:
         response.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from functools import partial
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from s3dcp._config import S3ClientConfig
 from s3dcp._downloads import Downloads
@@ -166,10 +166,15 @@ class S3Client:
             self._open = here, environment, channel
         return self._open[0], self._open[2]
 
-    def call(self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:
+    def call(
+        self,
+        function: Callable[Concatenate[Channel, P], Awaitable[T]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
         """Run an engine function that takes a `Channel` first, and wait for it."""
         here, channel = self.connect()
-        return here.call(function, channel, *args, **kwargs)  # type: ignore[arg-type]
+        return here.call(function, channel, *args, **kwargs)
 
 
 async def head(channel: Channel, uri: S3Uri) -> ObjectInfo:
@@ -211,7 +216,7 @@ _channels: dict[Hashable, Channel] = {}
 
 async def _channel(region: str | None, config: S3ClientConfig) -> Channel:
     """Return the pool for these settings, on the portal that runs this."""
-    from s3dcp._client import S3Store  # noqa: PLC0415 - botocore is only loaded to be used
+    from s3dcp._client import S3Store
 
     here = portal()
     key = (id(here), region, config, _aws_environment())

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from functools import partial
+from typing import cast
 
 from s3dcp._checksums import ITEM_CHECKSUM, combine, crc_of, crcs_of
 from s3dcp._config import ChecksumName
@@ -63,8 +64,7 @@ class Upload:
         """
         if self._closed:
             raise IncompleteSaveError(f"The upload of {self.uri} has ended")
-        task = asyncio.current_task()
-        assert task is not None
+        task = cast("asyncio.Task[object]", asyncio.current_task())
         self._sending.add(task)
         try:
             return await self._send(number, body)

@@ -10,7 +10,6 @@ from typing import Any
 
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
 from torch.distributed.checkpoint.metadata import (
-    STATE_DICT_TYPE,
     Metadata,
     MetadataIndex,
     TensorStorageMetadata,
@@ -81,12 +80,12 @@ class S3StorageWriter(FileSystemWriter):
                 "serialization_format=SAFETENSORS has no reader in torch's DCP: save with the "
                 "default format, or write safetensors with the Hugging Face storage writer"
             )
-        if not isinstance(thread_count, int) or thread_count < 1:
+        if thread_count < 1:
             raise S3ConfigError(f"thread_count must be a positive whole number, got {thread_count}")
         fs = S3FileSystem(region, s3client_config=s3client_config)
         path = fs.init_path(path)
         super().__init__(path=path, thread_count=thread_count, **{"sync_files": False, **kwargs})
-        self.fs = fs
+        self.fs: S3FileSystem = fs  # type: ignore[assignment]  # in place of torch's own
         self.path = path
         self.prefix_strategy = prefix_strategy or DefaultPrefixStrategy()
         self._is_coordinator = True
@@ -96,7 +95,7 @@ class S3StorageWriter(FileSystemWriter):
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
         self._is_coordinator = is_coordinator
 
-    def stage(self, state_dict: STATE_DICT_TYPE) -> STATE_DICT_TYPE:
+    def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Copy the state dict to the CPU for an asynchronous save."""
         # The thread that will save may run while the interpreter exits, when no thread can be
         # started any more: the portal's are started now.

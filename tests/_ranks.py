@@ -37,7 +37,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _START_TIMEOUT_S = 60.0
-_GRACE_S = 5.0
+_GRACE_S = 2.0
 _LEAVE_TIMEOUT_S = 10.0
 
 

@@ -37,7 +37,7 @@ kill "$watcher" 2>/dev/null; wait "$watcher"
 exit "$status"
 """
 _TICK_S = 0.01
-_STOP_TIMEOUT_S = 10.0
+_STOP_TIMEOUT_S = 3.0  # a server may wait for its clients, which need not be honoured for long
 _TAIL_CHARACTERS = 2000
 
 

@@ -385,11 +385,12 @@ def _checked_range(answer: dict[str, Any], start: int, end: int) -> int:
     status = answer["ResponseMetadata"]["HTTPStatusCode"]
     length = answer.get("ContentLength")
     shown = answer.get("ContentRange")
-    if status == 206 and shown and (match := _CONTENT_RANGE.fullmatch(shown)):
+    # A store that states the range is believed whatever its status: rclone's is 200.
+    if status in {200, 206} and shown and (match := _CONTENT_RANGE.fullmatch(shown)):
         first, last, size = (int(number) for number in match.groups())
         if (first, last + 1) == (start, end) and length == end - start:
             return size
-    elif status == 200 and start == 0 and length == end:
+    elif status == 200 and not shown and start == 0 and length == end:
         return end
     raise S3ProtocolError(
         f"Asked for bytes [{start}, {end}), the store answered {status} with "

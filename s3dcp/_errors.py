@@ -48,6 +48,8 @@ class S3Exception(Exception):  # noqa: N818 - the reference library's name
 
     #: Whether the same request, sent again, may succeed.
     retryable = False
+    #: How often it may be sent at most, where the policy allows more.
+    max_attempts: int | None = None
 
     def __init__(
         self,
@@ -104,6 +106,7 @@ class S3ProtocolError(S3Exception):
     """The store answered with something that HTTP or S3 does not allow."""
 
     retryable = True
+    max_attempts = 3  # a flipped bit goes away, a store's habit does not
 
 
 class S3ServiceError(S3Exception):

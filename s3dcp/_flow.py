@@ -102,7 +102,8 @@ class Channel:
                     return await send()
             except S3Exception as exc:
                 failures += 1
-                if not exc.retryable or failures >= (max_attempts or self.retry.max_attempts):
+                limits = (self.retry.max_attempts, max_attempts, exc.max_attempts)
+                if not exc.retryable or failures >= min(n for n in limits if n is not None):
                     raise
                 delay_s = self.retry.delay_s(failures, exc)
                 _log.debug("%s failed, again in %.2f s: %s", what, delay_s, exc)

@@ -80,6 +80,15 @@ class S3StorageReader(FileSystemReader):
         self._metadata: Metadata | None = None
         self._global_failure: Exception | None = None
 
+    def __getstate__(self) -> dict[str, Any]:
+        # What a load found out is neither small nor another process's business.
+        return self.__dict__ | {
+            "storage_data": {},
+            "_found": None,
+            "_metadata": None,
+            "_global_failure": None,
+        }
+
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Forget the last load, and go to another checkpoint if one is given."""
         super().reset(checkpoint_id)

@@ -90,6 +90,11 @@ class S3StorageWriter(FileSystemWriter):
         self.prefix_strategy = prefix_strategy or DefaultPrefixStrategy()
         self._is_coordinator = True
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A process-based `async_save` pickles the writer for every save; what it has staged is
+        # sent by itself.
+        return self.__dict__ | {"state_dict_cache": None}
+
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Take note of this rank's part in the save."""
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)

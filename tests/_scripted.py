@@ -1,0 +1,196 @@
+"""An HTTP server whose answers a test scripts: for faults, and to see what is really sent.
+
+It runs on a thread of its own. A handler turns each request into the bytes of an answer; `forward`
+hands it to a real server, so that only the fault itself is scripted:
+
+    with Scripted(first(error(503, "SlowDown"), then=forward(server.endpoint_url))) as scripted:
+        ...
+    assert len(scripted.requests) == 2
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from threading import Thread
+from types import TracebackType
+from typing import Self
+from urllib.parse import unquote, urlsplit
+
+#: As an answer: close the connection without one.
+HANG_UP = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A request as it was received.
+
+    Attributes:
+        target: As sent: percent-encoded, with its query; absolute where a proxy was asked.
+        headers: By lower-case name.
+        connection: Which connection it came by, counted from 0.
+        tunnel: The address that the connection was tunnelled to (CONNECT), if any.
+    """
+
+    method: str
+    target: str
+    headers: Mapping[str, str]
+    body: bytes
+    connection: int
+    tunnel: str = ""
+
+    @property
+    def path(self) -> str:
+        """The target's path, decoded."""
+        return unquote(urlsplit(self.target).path if "://" in self.target else self._own_path)
+
+    @property
+    def query(self) -> str:
+        """The target's query, as sent."""
+        return self.target.partition("?")[2]
+
+    @property
+    def _own_path(self) -> str:
+        return self.target.partition("?")[0]  # urlsplit would take //a/b for a host
+
+
+Handler = Callable[[Request], bytes | Awaitable[bytes]]
+
+
+def answer(status: int = 200, body: bytes = b"", **headers: object) -> bytes:
+    """Return an answer. In the headers' names `_` stands for `-`."""
+    lines = [f"HTTP/1.1 {status} Scripted", f"Content-Length: {len(body)}"]
+    lines += [f"{name.replace('_', '-')}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode() + body
+
+
+def error(status: int, code: str, more: str = "", **headers: object) -> bytes:
+    """Return S3's answer for an error; `more` are further elements of its XML."""
+    xml = f"<Error><Code>{code}</Code><Message>scripted</Message>{more}</Error>"
+    return answer(status, xml.encode(), Content_Type="application/xml", **headers)
+
+
+def first(*answers: bytes, then: Handler) -> Handler:
+    """Give these answers to the first requests, in order, and leave the others to `then`."""
+    left = list(answers)
+    return lambda request: left.pop(0) if left else then(request)
+
+
+def forward(upstream_url: str) -> Handler:
+    """Let a real server answer. `Host` stays as it was signed."""
+    upstream = urlsplit(upstream_url)
+
+    async def handle(request: Request) -> bytes:
+        reader, writer = await asyncio.open_connection(upstream.hostname, upstream.port)
+        try:
+            headers = {**request.headers, "connection": "close"}
+            lines = [f"{request.method} {request.target} HTTP/1.1"]
+            lines += [f"{name}: {value}" for name, value in headers.items()]
+            writer.write("\r\n".join([*lines, "", ""]).encode("latin-1") + request.body)
+            return await reader.read()
+        finally:
+            writer.transport.abort()
+
+    return handle
+
+
+async def hang(request: Request) -> bytes:
+    """Never answer."""
+    return await asyncio.Future()
+
+
+class Scripted:
+    """The server: a context manager.
+
+    Args:
+        handler: Makes the answers.
+        tls: Serve https.
+        tunnel_tls: Accept CONNECT, and be the https server at its end.
+    """
+
+    def __init__(
+        self,
+        handler: Handler,
+        *,
+        tls: ssl.SSLContext | None = None,
+        tunnel_tls: ssl.SSLContext | None = None,
+    ) -> None:
+        self.requests: list[Request] = []
+        self._handler = handler
+        self._tls = tls
+        self._tunnel_tls = tunnel_tls
+        self._connections: list[asyncio.Task[None]] = []
+        self._listening: Future[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
+        self._thread = Thread(target=lambda: asyncio.run(self._serve()), name="scripted-server")
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        port, self._loop, self._stop = self._listening.result(10)
+        scheme, host = ("https", "localhost") if self._tls else ("http", "127.0.0.1")
+        self.endpoint_url = f"{scheme}://{host}:{port}"
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join(10)
+        assert not self._thread.is_alive()
+
+    def sent(self, method: str) -> list[Request]:
+        """The requests with this method so far."""
+        return [request for request in self.requests if request.method == method]
+
+    async def _serve(self) -> None:
+        stop = asyncio.Event()
+        host = "localhost" if self._tls else "127.0.0.1"
+        server = await asyncio.start_server(self._accepted, host, 0, ssl=self._tls)
+        port = server.sockets[0].getsockname()[1]
+        self._listening.set_result((port, asyncio.get_running_loop(), stop))
+        await stop.wait()
+        server.close()
+        for task in self._connections:
+            task.cancel()
+        await asyncio.gather(*self._connections, return_exceptions=True)
+
+    async def _accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._connections.append(task)
+        with suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            await self._converse(reader, writer, len(self._connections) - 1)
+        writer.transport.abort()
+
+    async def _converse(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: int
+    ) -> None:
+        tunnel = ""
+        while True:
+            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").splitlines()
+            method, target, _ = head[0].split(" ")
+            pairs = (line.partition(":") for line in head[1:] if line)
+            headers = {name.lower(): value.strip() for name, _, value in pairs}
+            body = await reader.readexactly(int(headers.get("content-length", "0")))
+            request = Request(
+                method=method, target=target, headers=headers, body=body, connection=connection
+            )
+            self.requests.append(replace(request, tunnel=tunnel))
+            if method == "CONNECT" and self._tunnel_tls is not None:
+                writer.write(b"HTTP/1.1 200 Connected\r\n\r\n")
+                await writer.start_tls(self._tunnel_tls)
+                tunnel = target
+                continue
+            made = self._handler(self.requests[-1])
+            sent = made if isinstance(made, bytes) else await made
+            writer.write(sent)
+            await writer.drain()
+            if sent == HANG_UP or b"\r\nconnection: close\r\n" in sent[:4096].lower():
+                writer.close()
+                return

@@ -16,8 +16,10 @@ from s3dcp._errors import InvalidS3UriError
 
 _SCHEME = "s3://"
 _MAX_KEY_BYTES = 1024
-# An access point's ARN contains a slash of its own; a bucket's name cannot.
-_ARN = re.compile(r"(?P<bucket>arn:[^/]*:accesspoint[/:][^/]+)(?:/(?P<key>.*))?", re.DOTALL)
+# An access point's ARN contains slashes of its own, an outpost's two more; a bucket's name cannot.
+_ARN = re.compile(
+    r"(?P<bucket>arn:[^/]*:(?:outpost/[^/]+/)?accesspoint[/:][^/]+)(?:/(?P<key>.*))?", re.DOTALL
+)
 
 
 @dataclass(frozen=True, slots=True)

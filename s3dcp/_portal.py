@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import contextlib
 import logging
 import os
 import queue
@@ -102,6 +103,10 @@ class Portal:
         self, loop_factory: Callable[[], asyncio.AbstractEventLoop] = _new_event_loop
     ) -> None:
         self._tasks: dict[Future[Any], asyncio.Task[Any]] = {}
+        # Held to hand the loop a callback, and to close: none is queued behind the loop's end. A
+        # finalizer may come in between on the same thread.
+        self._gate = threading.RLock()
+        self._closing = False
         self._closers: list[Callable[[], Awaitable[None]]] = []
         ready: Future[asyncio.AbstractEventLoop] = Future()
         self._workers = _Workers(_WORKERS)
@@ -132,6 +137,8 @@ class Portal:
             loop.run_forever()
         finally:
             loop.close()
+            for future in self._tasks:  # whose tasks the end of the loop has taken along
+                future.set_exception(PortalError("The I/O thread ended before the call did"))
 
     @property
     def is_alive(self) -> bool:
@@ -250,31 +257,44 @@ class Portal:
         if not self.is_alive:
             return
         self._refuse_own_thread()
+        with self._gate:
+            shutting = None if self._closing else self.submit(self._shut)
+            self._closing = True
+        if shutting is None:  # another thread is at it
+            self._thread.join(GRACE_S)
+            return
         try:
-            self.submit(self._shut).result(GRACE_S)
+            shutting.result(GRACE_S)
         except Exception:  # noqa: BLE001 - whatever is left, the threads are to end
             _log.debug("closing the portal", exc_info=True)
-        self._call_soon(self._loop.stop)
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(GRACE_S)
         self._workers.shutdown()
 
     async def _shut(self) -> None:
-        current = asyncio.current_task()
-        others = [task for task in self._tasks.values() if task is not current]
+        others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
         if others:
             await asyncio.wait(others, timeout=GRACE_S)
+        await self._loop.shutdown_asyncgens()
         for closer in self._closers:
-            await closer()
+            try:
+                await closer()
+            except Exception:  # noqa: BLE001 - the others are to be closed all the same
+                _log.debug("closing the portal", exc_info=True)
 
     def _call_soon(self, function: Callable[[], None]) -> None:
         if not self.is_alive:
             raise PortalError("The I/O thread has ended and takes no more calls")
-        try:
-            self._loop.call_soon_threadsafe(function)
-        except RuntimeError as exc:
-            raise PortalError(f"The I/O thread takes no more calls: {exc}") from exc
+        with self._gate:
+            if self._closing:
+                raise PortalError("The I/O thread is closing and takes no more calls")
+            try:
+                self._loop.call_soon_threadsafe(function)
+            except RuntimeError as exc:
+                raise PortalError(f"The I/O thread takes no more calls: {exc}") from exc
 
     def _refuse_own_thread(self) -> None:
         if threading.current_thread() is self._thread:

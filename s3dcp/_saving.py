@@ -22,18 +22,29 @@ from s3dcp._checksums import combine
 from s3dcp._config import MiB, S3ClientConfig
 from s3dcp._errors import IncompleteSaveError
 from s3dcp._flow import Channel
-from s3dcp._framing import Frame, encode, frame_of, memory_of
+from s3dcp._framing import Frame, encode, frame_for, frame_of, memory_of
 from s3dcp._keys import S3Uri
 from s3dcp._metadata import ItemCrcs, annotate
 from s3dcp._portal import Portal
 from s3dcp._publish import delete_quietly
 from s3dcp._ranges import Fragment, PartCutter, block_bytes, cut, upload_part_bytes
+from s3dcp._staging import Buffer, BufferPool, bytes_of, is_host, wait_for_copies
 from s3dcp._torch_internals import _item_size, _StorageInfo, _StorageWriterTransforms
 from s3dcp._uploads import Upload
 
 # Copying less than this is quicker than a view, a checksum and a write for each of its pieces.
 _COPIED_BYTES = 256 << 10
 _MAX_BUFFER_BYTES = 64 * MiB
+# A device's memory comes to the host in pieces of this size.
+_STAGED_BYTES = 16 * MiB
+
+
+@dataclass(slots=True, eq=False)
+class _Charge:
+    """Memory of ours that is charged to the budget until every byte of it has been sent."""
+
+    left_bytes: int
+    buffer: Buffer | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -45,7 +56,7 @@ class _Piece:
     """
 
     blocked: bool = False
-    charged_bytes: int = 0
+    charge: _Charge | None = None
     sums: list[tuple[int, int, int]] = field(default_factory=list)
 
     def sum(self) -> tuple[int, int]:
@@ -127,6 +138,7 @@ class SavedItems:
         self._transforms = transforms
         self._budget_bytes = min(config.memory_bytes(), _MAX_BUFFER_BYTES)
         self._charged_bytes = 0
+        self._buffers = BufferPool(pinned=True, max_kept_bytes=self._budget_bytes)
         self._sending: dict[Future[list[int]], list[Fragment[_Piece]]] = {}
         self._sent: queue.SimpleQueue[Future[list[int]]] = queue.SimpleQueue()
         self._files: list[_File] = []
@@ -169,7 +181,6 @@ class SavedItems:
         for view, piece in self._pieces(item):
             item.pieces.append(piece)
             item.length += view.nbytes
-            self._charged_bytes += piece.charged_bytes
             for part in file.cutter.push(view, piece):
                 # A full part is held until there is more: the only part of an object is a PUT.
                 self._send_held(file)
@@ -187,41 +198,75 @@ class SavedItems:
             return
         if not isinstance(data, torch.Tensor):
             raise TypeError(f"{item.write_item.index.fqn}: expected a tensor, got {type(data)}")
-        tensor = data.detach()
-        if copied := not tensor.is_cpu:
+        yield from self._tensor_pieces(item, data.detach())
+
+    def _tensor_pieces(
+        self, item: _Item, tensor: torch.Tensor
+    ) -> Iterator[tuple[memoryview, _Piece]]:
+        charge: _Charge | None = None
+        if not is_host(tensor):
+            frame = None if self._transforms.extensions else _frame_on_device(tensor)
+            if frame is not None:
+                yield from self._framed(
+                    item, tensor, frame, self._staged(tensor, _block(tensor, frame))
+                )
+                return
             self._make_room(tensor.nbytes)
             tensor = tensor.cpu()
+            charge = self._charge(tensor.nbytes)
         frame = frame_of(tensor)
         if frame is None and tensor.layout is torch.strided:
             # As stock DCP does for a view of a larger storage; what has gaps gets a frame this way.
             self._make_room(tensor.nbytes)
-            tensor, copied = tensor.clone(), True
+            tensor = tensor.clone()
+            charge = self._charge(tensor.nbytes)
             frame = frame_of(tensor)
         if self._transforms.extensions or frame is None:
             yield self._buffered(self._transformed(item.write_item, encode(tensor)))
-        else:
-            yield from self._framed(item, tensor, frame, copied=copied)
-
-    def _framed(
-        self, item: _Item, tensor: torch.Tensor, frame: Frame, *, copied: bool
-    ) -> Iterator[tuple[memoryview, _Piece]]:
-        item.data_offset, item.data_bytes = len(frame.header), frame.data_bytes
+            return
         memory = memory_of(tensor)
         if frame.length <= _COPIED_BYTES:
-            joined = b"".join((frame.header, memory, frame.trailer))
-            yield self._buffered(memoryview(joined))
+            item.data_offset, item.data_bytes = len(frame.header), frame.data_bytes
+            yield self._buffered(memoryview(b"".join((frame.header, memory, frame.trailer))))
             return
-        rows = tensor.shape[0] if tensor.ndim and tensor.is_contiguous() else 0
-        item.block_bytes = block_bytes(frame.data_bytes, frame.data_bytes // rows if rows else 0)
+        yield from self._framed(item, tensor, frame, iter([(memory, charge)]))
+
+    def _framed(
+        self,
+        item: _Item,
+        tensor: torch.Tensor,
+        frame: Frame,
+        memory: Iterator[tuple[memoryview, _Charge | None]],
+    ) -> Iterator[tuple[memoryview, _Piece]]:
+        """Yield an item's header, its tensor's memory cut at the edges of blocks, its trailer."""
+        item.data_offset, item.data_bytes = len(frame.header), frame.data_bytes
+        item.block_bytes = _block(tensor, frame)
         yield memoryview(frame.header), _Piece()
-        for start, end in cut(0, frame.data_bytes, item.block_bytes or frame.data_bytes):
-            charged = end - start if copied else 0
-            yield memory[start:end], _Piece(item.block_bytes is not None, charged)
+        position = 0
+        for view, charge in memory:
+            end = position + view.nbytes
+            for a, b in cut(position, end, item.block_bytes or frame.data_bytes):
+                blocked = item.block_bytes is not None
+                yield view[a - position : b - position], _Piece(blocked, charge)
+            position = end
         yield memoryview(frame.trailer), _Piece()
+
+    def _staged(
+        self, tensor: torch.Tensor, block: int | None
+    ) -> Iterator[tuple[memoryview, _Charge]]:
+        """Yield a device tensor's memory, copied to the host in pieces of whole blocks."""
+        source = bytes_of(tensor)
+        step = max(_STAGED_BYTES // block, 1) * block if block else _STAGED_BYTES
+        for start, end in cut(0, source.nbytes, step):
+            self._make_room(end - start)
+            buffer = self._buffers.take(end - start)
+            buffer.tensor.copy_(source[start:end], non_blocking=True)
+            wait_for_copies(source)
+            yield buffer.view, self._charge(end - start, buffer)
 
     def _buffered(self, view: memoryview) -> tuple[memoryview, _Piece]:
         self._make_room(view.nbytes)
-        return view, _Piece(charged_bytes=view.nbytes)
+        return view, _Piece(charge=self._charge(view.nbytes))
 
     def _transformed(self, write_item: WriteItem, data: memoryview) -> memoryview:
         if not self._transforms.extensions:
@@ -233,6 +278,7 @@ class SavedItems:
         return sink.getbuffer()
 
     def _make_room(self, size_bytes: int) -> None:
+        """Wait until so many bytes fit into the budget, or nothing is left to wait for."""
         while self._sending and self._charged_bytes + size_bytes > self._budget_bytes:
             self._settle()
 
@@ -264,9 +310,18 @@ class SavedItems:
         for fragment, crc in zip(part, future.result(), strict=True):
             piece = fragment.owner
             piece.sums.append((fragment.start, crc, fragment.view.nbytes))
-            if piece.charged_bytes:
-                piece.charged_bytes -= fragment.view.nbytes
-                self._charged_bytes -= fragment.view.nbytes
+            if piece.charge is not None:
+                self._discharge(piece.charge, fragment.view.nbytes)
+
+    def _charge(self, size_bytes: int, buffer: Buffer | None = None) -> _Charge:
+        self._charged_bytes += size_bytes
+        return _Charge(size_bytes, buffer)
+
+    def _discharge(self, charge: _Charge, size_bytes: int) -> None:
+        self._charged_bytes -= size_bytes
+        charge.left_bytes -= size_bytes
+        if not charge.left_bytes and charge.buffer is not None:
+            self._buffers.give(charge.buffer)
 
     def _finish(self) -> None:
         while self._sending:
@@ -289,6 +344,25 @@ class SavedItems:
         await delete_quietly(
             self._channel, [file.upload.uri for file in self._files if file.upload.touched]
         )
+
+
+def _frame_on_device(tensor: torch.Tensor) -> Frame | None:
+    """Return the frame of a device tensor whose memory can be taken as it is, in pieces."""
+    if (
+        type(tensor) is not torch.Tensor
+        or tensor.layout is not torch.strided
+        or not tensor.is_contiguous()
+        or tensor.is_conj()
+        or tensor.is_neg()
+        or tensor.nbytes <= _COPIED_BYTES
+    ):
+        return None
+    return frame_for(tensor.dtype, tuple(tensor.shape))
+
+
+def _block(tensor: torch.Tensor, frame: Frame) -> int | None:
+    rows = tensor.shape[0] if tensor.ndim and tensor.is_contiguous() else 0
+    return block_bytes(frame.data_bytes, frame.data_bytes // rows if rows else 0)
 
 
 def _views(part: Iterable[Fragment[_Piece]]) -> list[memoryview]:

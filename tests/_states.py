@@ -47,6 +47,11 @@ def fill(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int =
     return (raw.view(dtype) if count else torch.empty(0, dtype=dtype)).view(shape)
 
 
+def finite(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    """Return a contiguous tensor of random bytes without NaNs, whose bits arithmetic may change."""
+    return fill(shape, dtype, seed).nan_to_num(1.0, 2.0, -2.0)
+
+
 def blank_like(tensor: torch.Tensor) -> torch.Tensor:
     """Return a contiguous tensor of the same shape and dtype that holds something else."""
     target = torch.empty(tensor.shape, dtype=tensor.dtype)
@@ -123,7 +128,7 @@ def layouts(rows: int) -> StateDict:
     base = fill((rows, 256), seed=1)
     image = fill((2, 4, rows, 8), torch.bfloat16, 2)
     volume = fill((1, 4, rows, 4, 2), torch.float16, 3)
-    waves = fill((rows, 128), torch.complex64, 4)
+    waves = finite((rows, 128), torch.complex64, 4)
     return {
         "contiguous": fill((rows, 256), seed=5),
         "transposed": fill((rows, 256), seed=6).t(),
@@ -141,12 +146,12 @@ def layouts(rows: int) -> StateDict:
         "shared_top": base[: rows // 2],
         "shared_middle": base[rows // 4 : rows // 2 + 1],
         "conj": waves.conj(),
-        "neg": neg_view(fill((rows, 256), torch.float64, 13)),
+        "neg": neg_view(finite((rows, 256), torch.float64, 13)),
         "conj_and_neg": neg_view(waves.conj().t()),
         "imag_of_conj": waves.conj().imag,
         "parameter": nn.Parameter(fill((rows, 256), seed=14)),
         "frozen": nn.Parameter(fill((rows, 256), torch.float16, 15), requires_grad=False),
-        "in_a_graph": fill((rows, 256), seed=16).nan_to_num().requires_grad_() * 2,
+        "in_a_graph": finite((rows, 256), seed=16).requires_grad_() * 2,
         "no_dimension": fill((), torch.float64, 17),
         "one_element": fill((1, 1, 1), torch.int64, 18).expand(1, 1, 1),
         "empty": torch.empty(0),

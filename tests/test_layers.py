@@ -13,13 +13,19 @@ PACKAGE = Path(s3dcp.__file__).parent
 
 # A module imports from rows above its own, or from modules to its left in its row.
 ROWS = {
+    # Errors stand above the portal, whose own are among them: users catch one tree.
+    "errors": ["_errors"],
     "portal": ["_portal"],
-    "values": ["_errors", "_config", "_keys", "_store"],
+    "values": ["_config", "_keys", "_store"],
     "pure": ["_checksums", "_ranges", "_commit"],
-    "engine": ["_flow", "_uploads", "_downloads"],
-    "transport": ["_receive", "_payload", "_client"],
-    "tensors": ["_torch_internals", "_metadata", "_framing", "_staging"],
-    "facade": ["_s3client", "_prefixes", "_streams", "_filesystem", "_writer", "_reader"],
+    "engine": ["_flow", "_uploads", "_downloads", "_publish"],
+    "transport": ["_receive", "_payload", "_failures", "_client"],
+    "tensors": ["_torch_internals", "_metadata", "_framing", "_layouts", "_staging"],
+    "facade": [
+        *("_s3client", "_prefixes", "_streams", "_readers", "_ranged_reader", "_dcp_reader"),
+        *("_constructors", "_transfers", "_filesystem", "_landing", "_saving", "_loading"),
+        *("_writer", "_reader"),
+    ],
 }
 ORDER = [module for row in ROWS.values() for module in row]
 ROW_OF = {module: row for row, modules in ROWS.items() for module in modules}

@@ -216,6 +216,22 @@ sys.stdin.read()
                 start_timeout_s=0.2,
             )
 
+    def test_a_server_that_ignores_the_signal_is_killed(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("s3dcp.testing._process._STOP_TIMEOUT_S", 0.2)
+        with ServerProcess(
+            "stubborn",
+            ["/bin/sh", "-c", "trap '' TERM; echo port 1; exec sleep 1000"],
+            listening=re.compile(r"port (\d)"),
+            env=os.environ,
+            start_timeout_s=10,
+        ) as stubborn:
+            pass
+
+        assert not stubborn.running
+        assert stubborn.log_tail() == ""
+
     def test_importing_it_does_not_import_torch(self) -> None:
         # s3dcp itself does: an empty package stands for it here.
         program = """

@@ -1,0 +1,373 @@
+"""The errors: their tree, how they travel, and how a failed request becomes one of them."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import inspect
+import json
+import pickle
+import re
+import ssl
+import subprocess
+import sys
+import traceback
+from typing import Any
+
+import aiohttp
+import botocore.exceptions as boto
+import pytest
+from botocore.parsers import ResponseParserError
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
+
+import s3dcp
+from s3dcp import _errors as errors
+from s3dcp._failures import map_error, mapped
+from s3dcp._keys import S3Uri
+
+URI = S3Uri("bucket", "run/.metadata")
+ATTRIBUTES = {
+    "operation": "GetObject",
+    "bucket": "bucket",
+    "key": "run/.metadata",
+    "code": "NoSuchKey",
+    "status": 404,
+    "request_id": "4442587FB7D0A2F9",
+}
+CLASSES = [
+    cls
+    for _, cls in inspect.getmembers(errors, inspect.isclass)
+    if issubclass(cls, errors.S3Exception)
+]
+every_class = pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+
+
+class TestTheTree:
+    def test_it_is_the_classes(self) -> None:
+        drawn: dict[str, list[str]] = {}
+        above: list[str] = []
+        for line in (errors.__doc__ or "").splitlines():
+            if not (found := re.fullmatch(r"([│├└─ ]*)(\w+)(?: \((\w+)\))?(?:  .*)?", line)):
+                continue
+            if found[1] or found[2] == "S3Exception":
+                depth = len(found[1]) // 4
+                above[depth:] = [found[2]]
+                drawn[found[2]] = [*above[depth - 1 : depth], *filter(None, [found[3]])]
+        assert drawn.pop("S3Exception") == []
+
+        tree = {cls.__name__: [base.__name__ for base in cls.__bases__] for cls in CLASSES}
+        assert tree.pop("S3Exception") == ["Exception"]
+        assert drawn == tree
+
+    @every_class
+    def test_all_are_public(self, cls: type[errors.S3Exception]) -> None:
+        assert getattr(s3dcp, cls.__name__) is cls
+        assert cls.__name__ in s3dcp.__all__
+
+    def test_what_may_be_tried_again(self) -> None:
+        assert {cls.__name__ for cls in CLASSES if cls.retryable} == {
+            "S3ConnectionError",
+            "S3TimeoutError",
+            "S3ProtocolError",
+            "ConflictError",
+            "ThrottledError",
+            "ServerError",
+        }
+
+
+class TestTravel:
+    @staticmethod
+    def made(cls: type[errors.S3Exception]) -> errors.S3Exception:
+        error = cls("what happened; what to do", **ATTRIBUTES)  # type: ignore[arg-type]
+        error.retryable = not cls.retryable
+        return error
+
+    @staticmethod
+    def check(again: BaseException | None, error: errors.S3Exception) -> None:
+        assert type(again) is type(error)
+        assert isinstance(again, errors.S3Exception)
+        assert str(again) == error.message == "what happened; what to do"
+        assert vars(again) == vars(error)
+        assert {name: getattr(again, name) for name in ATTRIBUTES} == ATTRIBUTES
+        assert again.retryable == error.retryable
+
+    @every_class
+    @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
+    def test_by_pickle(self, cls: type[errors.S3Exception], protocol: int) -> None:
+        error = self.made(cls)
+        self.check(pickle.loads(pickle.dumps(error, protocol)), error)
+
+    @every_class
+    def test_by_copy(self, cls: type[errors.S3Exception]) -> None:
+        error = self.made(cls)
+        self.check(copy.copy(error), error)
+        self.check(copy.deepcopy(error), error)
+
+    @every_class
+    def test_as_a_cause(self, cls: type[errors.S3Exception]) -> None:
+        error = self.made(cls)
+        with pytest.raises(errors.CheckpointError) as caught:
+            try:
+                raise error
+            except errors.S3Exception as exc:
+                raise errors.CheckpointError("outer") from exc
+        self.check(caught.value.__cause__, error)
+        # Python's pickles drop causes; what carries them, carries them whole.
+        again, cause = pickle.loads(pickle.dumps((caught.value, caught.value.__cause__)))
+        assert str(again) == "outer"
+        self.check(cause, error)
+
+    @every_class
+    def test_between_ranks(self, cls: type[errors.S3Exception]) -> None:
+        """As DCP does it: with a traceback's summary, gathered in one exception."""
+        error = self.made(cls)
+        try:
+            raise error
+        except errors.S3Exception as exc:
+            wrapped = _wrap_exception(exc)
+        failed = CheckpointException("save", {3: pickle.loads(pickle.dumps(wrapped))})
+
+        found, frames = failed.failures[3]
+        self.check(found, error)
+        assert isinstance(frames, traceback.StackSummary)
+        assert "what happened; what to do" in str(failed)
+
+    def test_to_another_process(self) -> None:
+        error = self.made(errors.AccessDeniedError)
+        program = """
+import json, pickle, sys
+error = pickle.load(sys.stdin.buffer)
+print(json.dumps([type(error).__name__, str(error), vars(error)]))
+"""
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            input=pickle.dumps(error),
+            capture_output=True,
+            check=True,
+        )
+        assert json.loads(done.stdout) == ["AccessDeniedError", error.message, vars(error)]
+
+    @every_class
+    def test_the_text_is_the_message(self, cls: type[errors.S3Exception]) -> None:
+        # OSError would print `[Errno ...]`, KeyError would quote.
+        assert str(cls("text")) == "text"
+        assert cls("text").args == ("text",)
+        assert str(cls()) == ""
+        error = cls("one")
+        error.message = "two"
+        assert str(pickle.loads(pickle.dumps(error))) == str(error) == "two"
+
+
+def refused(
+    code: str,
+    status: int,
+    headers: dict[str, str] | None = None,
+    **more: str,
+) -> boto.ClientError:
+    answer: Any = {
+        "Error": {"Code": code, "Message": "said the store", **more},
+        "ResponseMetadata": {
+            "HTTPStatusCode": status,
+            "RequestId": "4442587FB7D0A2F9",
+            "HTTPHeaders": headers or {},
+        },
+    }
+    return boto.ClientError(answer, "GetObject")
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "kind", "hint"),
+    [
+        ("NoSuchKey", 404, s3dcp.ObjectNotFoundError, None),
+        ("NoSuchUpload", 404, s3dcp.ObjectNotFoundError, None),
+        ("NoSuchVersion", 404, s3dcp.ObjectNotFoundError, None),
+        ("404", 404, s3dcp.ObjectNotFoundError, None),  # a HEAD's
+        ("NoSuchBucket", 404, s3dcp.BucketNotFoundError, "create the bucket"),
+        ("AccessDenied", 403, s3dcp.AccessDeniedError, "s3:PutObject"),
+        ("AllAccessDisabled", 403, s3dcp.AccessDeniedError, "check the policy"),
+        ("403", 403, s3dcp.AccessDeniedError, "s3:ListBucket"),
+        ("SomethingNew", 403, s3dcp.AccessDeniedError, "check the policy"),
+        ("InvalidAccessKeyId", 403, s3dcp.S3CredentialsError, "AWS_ACCESS_KEY_ID"),
+        ("SignatureDoesNotMatch", 403, s3dcp.S3CredentialsError, "AWS_SECRET_ACCESS_KEY"),
+        ("ExpiredToken", 400, s3dcp.S3CredentialsError, "a profile, or a role"),
+        ("InvalidToken", 400, s3dcp.S3CredentialsError, "unsigned=True"),
+        ("TokenRefreshRequired", 400, s3dcp.S3CredentialsError, "a role"),
+        ("PermanentRedirect", 301, s3dcp.WrongRegionError, "the bucket's own region"),
+        ("TemporaryRedirect", 307, s3dcp.WrongRegionError, "the bucket's own region"),
+        ("301", 301, s3dcp.WrongRegionError, "the bucket's own region"),
+        ("307", 307, s3dcp.WrongRegionError, "the bucket's own region"),
+        ("AuthorizationHeaderMalformed", 400, s3dcp.WrongRegionError, "own region"),
+        ("IllegalLocationConstraintException", 400, s3dcp.WrongRegionError, "own region"),
+        ("PreconditionFailed", 412, s3dcp.PreconditionFailedError, None),
+        ("412", 412, s3dcp.PreconditionFailedError, None),
+        ("304", 304, s3dcp.PreconditionFailedError, None),
+        ("ConditionalRequestConflict", 409, s3dcp.ConflictError, None),
+        ("OperationAborted", 409, s3dcp.ConflictError, None),
+        ("409", 409, s3dcp.ConflictError, None),
+        ("SlowDown", 503, s3dcp.ThrottledError, None),
+        ("ServiceUnavailable", 503, s3dcp.ThrottledError, None),
+        ("503", 503, s3dcp.ThrottledError, None),
+        ("RequestLimitExceeded", 503, s3dcp.ThrottledError, None),
+        ("BandwidthLimitExceeded", 503, s3dcp.ThrottledError, None),
+        ("Throttling", 400, s3dcp.ThrottledError, None),
+        ("ThrottlingException", 400, s3dcp.ThrottledError, None),
+        ("TooManyRequestsException", 429, s3dcp.ThrottledError, None),
+        ("429", 429, s3dcp.ThrottledError, None),
+        ("InternalError", 500, s3dcp.ServerError, None),
+        ("InternalError", 200, s3dcp.ServerError, None),  # after CompleteMultipartUpload's 200
+        ("502", 502, s3dcp.ServerError, None),
+        ("504", 504, s3dcp.ServerError, None),
+        ("RequestTimeout", 400, s3dcp.ServerError, None),
+        ("IncompleteBody", 400, s3dcp.ServerError, None),
+        ("BadDigest", 400, s3dcp.ServerError, None),
+        ("XAmzContentChecksumMismatch", 400, s3dcp.ServerError, None),
+        ("XAmzContentSHA256Mismatch", 400, s3dcp.ServerError, None),
+        ("NotImplemented", 501, s3dcp.S3ServiceError, None),
+        ("InvalidArgument", 400, s3dcp.S3ServiceError, None),
+        ("400", 400, s3dcp.S3ServiceError, None),
+        ("InvalidRange", 416, s3dcp.S3ServiceError, None),
+        ("EntityTooLarge", 400, s3dcp.S3ServiceError, None),
+    ],
+)
+def test_an_answer(
+    code: str, status: int, kind: type[s3dcp.S3Exception], hint: str | None
+) -> None:
+    error = map_error(refused(code, status), "GetObject", URI)
+
+    assert type(error) is kind
+    text = str(error)
+    assert text.startswith(f"GetObject s3://bucket/run/.metadata failed: {code} ({status})")
+    assert "said the store" in text
+    if hint is None:
+        assert "To mend it" not in text
+    else:
+        assert hint in text.partition("To mend it, ")[2]
+    assert vars(error) == {
+        "message": text,
+        "operation": "GetObject",
+        "bucket": "bucket",
+        "key": "run/.metadata",
+        "code": code,
+        "status": status,
+        "request_id": "4442587FB7D0A2F9",
+    }
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        refused("PermanentRedirect", 301, {"x-amz-bucket-region": "eu-west-1"}),
+        refused("301", 301, {"x-amz-bucket-region": "eu-west-1"}),
+        refused("400", 400, {"x-amz-bucket-region": "eu-west-1"}),
+        refused("AuthorizationHeaderMalformed", 400, Region="eu-west-1"),
+    ],
+)
+def test_a_wrong_region_names_the_right_one(answer: boto.ClientError) -> None:
+    error = map_error(answer, "HeadObject", URI)
+
+    assert type(error) is s3dcp.WrongRegionError
+    assert "pass region='eu-west-1'" in str(error)
+
+
+def test_an_answer_with_nothing_in_it() -> None:
+    error = map_error(boto.ClientError({}, "GetObject"), "GetObject", URI)
+
+    assert type(error) is s3dcp.S3ServiceError
+    assert (error.code, error.status, error.request_id) == ("0", 0, None)
+
+
+def _caused(
+    kind: type[boto.BotoCoreError], cause: BaseException, **more: object
+) -> boto.BotoCoreError:
+    error: boto.BotoCoreError = kind(error=cause, endpoint_url="http://localhost:1", **more)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind", "hint"),
+    [
+        (boto.NoCredentialsError(), s3dcp.S3CredentialsError, "AWS_ACCESS_KEY_ID"),
+        (
+            boto.PartialCredentialsError(provider="env", cred_var="AWS_SECRET_ACCESS_KEY"),
+            s3dcp.S3CredentialsError,
+            "AWS_SECRET_ACCESS_KEY",
+        ),
+        (
+            boto.CredentialRetrievalError(provider="custom-process", error_msg="exit 1"),
+            s3dcp.S3CredentialsError,
+            "a profile, or a role",
+        ),
+        (boto.UnauthorizedSSOTokenError(), s3dcp.S3CredentialsError, "a role"),
+        (boto.ProfileNotFound(profile="x"), s3dcp.S3ConfigError, "S3ClientConfig.profile"),
+        (boto.ConfigParseError(path="x"), s3dcp.S3ConfigError, "configuration file"),
+        (_caused(boto.ConnectTimeoutError, TimeoutError()), s3dcp.S3TimeoutError, "timeouts"),
+        (_caused(boto.ReadTimeoutError, TimeoutError()), s3dcp.S3TimeoutError, "the endpoint"),
+        (TimeoutError(), s3dcp.S3TimeoutError, "timeouts in S3ClientConfig"),
+        (aiohttp.ServerTimeoutError(), s3dcp.S3TimeoutError, "timeouts in S3ClientConfig"),
+        (
+            _caused(boto.EndpointConnectionError, OSError("refused")),
+            s3dcp.S3ConnectionError,
+            "check the endpoint's address",
+        ),
+        (
+            boto.ProxyConnectionError(proxy_url="http://proxy", error=OSError()),
+            s3dcp.S3ConnectionError,
+            "the network",
+        ),
+        (
+            _caused(boto.ConnectionClosedError, aiohttp.ServerDisconnectedError(), request=None),
+            s3dcp.S3ConnectionError,
+            "",
+        ),
+        (aiohttp.ClientPayloadError("cut"), s3dcp.S3ConnectionError, ""),
+        (ConnectionResetError(104, "reset"), s3dcp.S3ConnectionError, ""),
+        (_caused(boto.HTTPClientError, OSError("x")), s3dcp.S3ConnectionError, ""),
+        (ResponseParserError("no XML"), s3dcp.S3ProtocolError, ""),
+        (boto.NoRegionError(), s3dcp.S3ConfigError, ""),
+        (boto.ParamValidationError(report="bad"), s3dcp.S3ConfigError, ""),
+        (ValueError("Invalid endpoint: x"), s3dcp.S3ConfigError, ""),
+        (KeyError("x"), s3dcp.S3Exception, ""),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
+)
+def test_what_a_library_raised(raised: Exception, kind: type[Exception], hint: str) -> None:
+    error = map_error(raised, "PutObject", URI)
+
+    assert type(error) is kind
+    assert str(error).startswith("PutObject s3://bucket/run/.metadata failed: ")
+    assert str(raised) in str(error)
+    assert hint in str(error)
+    assert (error.operation, error.bucket, error.key) == ("PutObject", "bucket", URI.key)
+    pickle.loads(pickle.dumps(error))
+
+
+def test_a_certificate_is_not_tried_again() -> None:
+    cause = ssl.SSLCertVerificationError("self-signed certificate in chain")
+    error = map_error(_caused(boto.SSLError, cause), "GetObject", URI)
+
+    assert type(error) is s3dcp.S3ConnectionError
+    assert error.retryable is False
+    assert "AWS_CA_BUNDLE or S3ClientConfig.ca_bundle" in str(error)
+    assert pickle.loads(pickle.dumps(error)).retryable is False
+
+
+class TestMapped:
+    def test_the_library_error_is_the_cause(self) -> None:
+        cause = boto.NoCredentialsError()
+        with pytest.raises(s3dcp.S3CredentialsError) as caught, mapped("GetObject", URI):
+            raise cause
+        assert caught.value.__cause__ is cause
+
+    def test_an_error_of_ours_learns_where_it_happened_once(self) -> None:
+        error = s3dcp.S3TimeoutError("nothing came")
+        for operation in ("GetObject", "Outer"):
+            with pytest.raises(s3dcp.S3TimeoutError) as caught, mapped(operation, URI):
+                raise error
+            assert caught.value is error
+        assert str(error) == "GetObject s3://bucket/run/.metadata: nothing came"
+        assert (error.operation, error.bucket, error.key) == ("GetObject", "bucket", URI.key)
+
+    @pytest.mark.parametrize("raised", [asyncio.CancelledError, KeyboardInterrupt, GeneratorExit])
+    def test_what_is_no_error_passes(self, raised: type[BaseException]) -> None:
+        with pytest.raises(raised), mapped("GetObject", URI):
+            raise raised

@@ -159,7 +159,7 @@ class LoadedItems:
 
     def _resolve(self, item: Item) -> None:
         targets = [
-            self._planner.resolve_tensor(request).detach()
+            _detached(self._planner.resolve_tensor(request))
             for request in item.requests
             if request.type == LoadItemType.TENSOR
         ]
@@ -279,6 +279,13 @@ class LoadedItems:
         self._portal.call(self._downloads.fetch, item.uri, item.info.offset, [again])
         item.ranges = [(0, item.info.length)]
         return again
+
+
+def _detached(target: torch.Tensor) -> torch.Tensor:
+    # What is copied to a sparse or quantized tensor replaces parts that a detached one would not
+    # share with it: its indices, its quantizer.
+    plain = target.layout is torch.strided and not target.is_quantized
+    return target.detach() if plain else target
 
 
 def _gap(size_bytes: int) -> list[memoryview]:

@@ -361,7 +361,10 @@ def _frame_on_device(tensor: torch.Tensor) -> Frame | None:
 
 
 def _block(tensor: torch.Tensor, frame: Frame) -> int | None:
-    rows = tensor.shape[0] if tensor.ndim and tensor.is_contiguous() else 0
+    # Only where bytes are values in the order of rows: parts are loaded without the header, which
+    # alone says that they are to be conjugated or negated.
+    plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+    rows = tensor.shape[0] if tensor.ndim and plain else 0
     return block_bytes(frame.data_bytes, frame.data_bytes // rows if rows else 0)
 
 

@@ -33,7 +33,7 @@ from s3dcp._metadata import dump_metadata, load_metadata
 from s3dcp._prefixes import DefaultPrefixStrategy, S3PrefixStrategyBase
 from s3dcp._publish import delete_quietly, publish
 from s3dcp._saving import SavedItems
-from s3dcp._torch_internals import CURRENT_DCP_VERSION, _split_by_size_and_type
+from s3dcp._torch_internals import CURRENT_DCP_VERSION, _split_by_size_and_type, _StorageInfo
 
 _log = logging.getLogger("s3dcp.writer")
 
@@ -157,6 +157,12 @@ class S3StorageWriter(FileSystemWriter):
         portal, channel = self.fs.client.connect()
         config = self.fs.client.s3client_config
         saved = SavedItems(portal, channel, config, planner, self.transforms).write(files)
+        # Objects without items are named as well: what is not named outlives its checkpoint.
+        saved += [
+            WriteResult(MetadataIndex(name), 0, _StorageInfo(name, 0, 0))
+            for _, name, items in files
+            if not items
+        ]
         future: Future[list[WriteResult]] = Future()
         future.set_result(saved)
         return future

@@ -12,6 +12,7 @@ import secrets
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+import hypothesis
 import pytest
 
 from tests._ranks import RankPool
@@ -21,6 +22,10 @@ from tests._tls import TlsEndpoint, serve_tls
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+# The machine is shared: how long an example took says nothing of the code.
+hypothesis.settings.register_profile("shared", deadline=None)
+hypothesis.settings.load_profile("shared")
 
 _SERVERS = {"rclone", "moto", "s3"}
 _RANKS = {"ranks", "ranks1", "ranks2", "ranks4"}

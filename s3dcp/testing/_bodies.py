@@ -6,8 +6,10 @@ import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
+from xml.etree import ElementTree
 
 from s3dcp.testing._http import MalformedRequestError
+from s3dcp.testing._requests import S3Error
 
 _HUGE_BYTES = 2 << 20
 
@@ -148,3 +150,16 @@ def _chunk_size(text: bytes) -> int:
     if not digits or len(digits) > 12 or digits.strip(b"0123456789abcdefABCDEF"):
         raise MalformedRequestError(f"{digits[:20]!r} is no chunk size")
     return int(digits, 16)
+
+
+def parse_xml(body: Body) -> ElementTree.Element:
+    """Return the document that a body is.
+
+    Raises:
+        S3Error: It is none.
+    """
+    try:
+        # Those who send it are under test, and expat bounds what entities expand to.
+        return ElementTree.fromstring(bytes(body.view))  # noqa: S314
+    except ElementTree.ParseError as error:
+        raise S3Error("MalformedXML", f"The XML you provided was not well-formed: {error}") from None

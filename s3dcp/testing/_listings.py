@@ -25,14 +25,18 @@ class _Page:
     last: str = ""
 
 
-def _page(names: Iterable[str], query: Mapping[str, str], after: str, size: int) -> _Page:
+def _page(
+    names: Iterable[str], query: Mapping[str, str], size: int, after: str, after_prefix: str
+) -> _Page:
+    if not size:
+        return _Page()
     prefix, delimiter = query.get("prefix", ""), query.get("delimiter", "")
     page, latest = _Page(), ""
     # By code point, which is the order of their UTF-8 too.
     for name in sorted(name for name in names if name.startswith(prefix)):
         head, found, _ = name.removeprefix(prefix).partition(delimiter) if delimiter else ("",) * 3
         rolled = prefix + head + found if found else ""
-        if (rolled or name) <= after or (rolled and rolled == latest):
+        if name <= after or (rolled and rolled in {latest, after_prefix}):
             continue
         if len(page.names) + len(page.prefixes) == size:
             page.last = latest
@@ -98,7 +102,7 @@ def objects(name: str, bucket: Bucket, query: Mapping[str, str], most: int) -> R
     encoding, size = _encoding(query), _size(query, "max-keys", most)
     token = query.get("continuation-token")
     after = _from_token(token) if token is not None else query.get("start-after", "")
-    page = _page(bucket.objects, query, after, size) if size else _Page()
+    page = _page(bucket.objects, query, size, after, after)
     return xml(
         "ListBucketResult",
         tag("Name", name),
@@ -149,7 +153,7 @@ def uploads(name: str, bucket: Bucket, query: Mapping[str, str], most: int) -> R
     named = {f"{each.key}\0{each.id}": each for each in bucket.uploads.values()}
     key, upload_id = query.get("key-marker", ""), query.get("upload-id-marker", "")
     after = f"{key}\0{upload_id or chr(0x10FFFF)}" if key else ""
-    page = _page(named, query, after, size) if size else _Page()
+    page = _page(named, query, size, after, key)
     last_key, _, last_id = page.last.partition("\0")
     return xml(
         "ListMultipartUploadsResult",

@@ -12,12 +12,11 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from urllib.parse import unquote
-from xml.etree import ElementTree
 
 from s3dcp.testing import _listings as listings
 from s3dcp.testing import _sums as sums
 from s3dcp.testing._answers import Blob, Response, http_time, tag, xml, xml_time
-from s3dcp.testing._bodies import Body
+from s3dcp.testing._bodies import Body, parse_xml
 from s3dcp.testing._objects import (
     Bucket,
     Limits,
@@ -232,8 +231,7 @@ class S3:
         source = self.source(request)
         self.check_write(request)
         replaced = request.headers.get("x-amz-metadata-directive", "COPY").upper() == "REPLACE"
-        own = self.object if not replaced else None
-        if own and request.headers["x-amz-copy-source"].strip("/") == request.path.strip("/"):
+        if not replaced and source is self.bucket(request.bucket).objects.get(request.key):
             raise S3Error(
                 "InvalidRequest",
                 "This copy request is illegal because it is trying to copy an object to itself "
@@ -314,19 +312,6 @@ class S3:
         return listings.objects(
             request.bucket, found, request.query, self.options.limits.max_keys
         )
-
-
-def parse_xml(body: Body) -> ElementTree.Element:
-    """Return the document that a body is.
-
-    Raises:
-        S3Error: It is none.
-    """
-    try:
-        # Those who send it are under test, and expat bounds what entities expand to.
-        return ElementTree.fromstring(bytes(body.view))  # noqa: S314
-    except ElementTree.ParseError as error:
-        raise S3Error("MalformedXML", f"The XML you provided was not well-formed: {error}") from None
 
 
 def _part_span(found: StoredObject, number: str) -> tuple[int, int] | None:

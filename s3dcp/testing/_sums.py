@@ -63,9 +63,11 @@ def default_kind(algorithm: str) -> str:
     return "FULL_OBJECT" if algorithm == "CRC64NVME" else "COMPOSITE"
 
 
-def allows_full_object(algorithm: str) -> bool:
-    """Return whether the checksum of a whole can be made of those of its parts."""
-    return algorithm in _CRCS
+def kinds(algorithm: str) -> frozenset[str]:
+    """Return what may be made of parts' checksums."""
+    if algorithm == "CRC64NVME":
+        return frozenset({"FULL_OBJECT"})
+    return frozenset({"COMPOSITE"} | ({"FULL_OBJECT"} if algorithm in _CRCS else set()))
 
 
 def compute(algorithm: str, blob: Blob) -> Sum:

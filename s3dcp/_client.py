@@ -12,7 +12,8 @@ import contextlib
 import logging
 import re
 from collections.abc import AsyncIterator, Sequence
-from typing import Any, TypeVar
+from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 from aiobotocore.config import AioConfig
@@ -21,8 +22,8 @@ from botocore import UNSIGNED
 
 from s3dcp._checksums import encoded
 from s3dcp._config import ChecksumName, S3ClientConfig
-from s3dcp._errors import S3Exception, S3ProtocolError, S3TimeoutError
-from s3dcp._failures import mapped
+from s3dcp._errors import PreconditionFailedError, S3Exception, S3ProtocolError, S3TimeoutError
+from s3dcp._failures import mapped, setup_error
 from s3dcp._keys import S3Uri
 from s3dcp._payload import ViewsPayload
 from s3dcp._portal import offload
@@ -30,9 +31,9 @@ from s3dcp._ranges import MAX_PART_BYTES, GiB, even_ranges
 from s3dcp._receive import receive
 from s3dcp._store import Checksum, Condition, ObjectInfo, Part, Receipt, Scatter, Views
 
-T = TypeVar("T")
-
 _log = logging.getLogger("s3dcp.client")
+
+_AWS_HOST = re.compile(r"(^|\.)(amazonaws\.com|amazonaws\.com\.cn)$")
 
 # A copy in one request may be 5 GiB; parts of a copy are made on the server's side, so large ones.
 _COPY_PART_BYTES = GiB
@@ -52,6 +53,18 @@ class S3Store:
         self._exit = contextlib.AsyncExitStack()
         self._client: Any = None
         self._opening = asyncio.Lock()
+        self.conditional_writes = config.conditional_writes
+
+    async def open(self) -> None:
+        """Find the settings and make the client, which connects with the first request.
+
+        Raises:
+            S3ConfigError: a profile or a setting that does not exist or cannot work.
+        """
+        try:
+            await self._opened()
+        except Exception as exc:
+            raise setup_error(exc) from exc
 
     async def close(self) -> None:
         """Close the connections."""
@@ -124,15 +137,19 @@ class S3Store:
         condition: Condition | None = None,
     ) -> Receipt:
         condition = condition or Condition()
-        answer = await self._send(
-            "PutObject",
-            "put_object",
-            uri,
-            body,
-            **_checksum_args(checksum),
-            **_given(IfMatch=condition.etag, IfNoneMatch="*" if condition.absent else None),
-            **self._write_args(),
-        )
+        try:
+            answer = await self._send(
+                "PutObject",
+                "put_object",
+                uri,
+                body,
+                **_checksum_args(checksum),
+                **_given(IfMatch=condition.etag, IfNoneMatch="*" if condition.absent else None),
+                **self._write_args(),
+            )
+        except PreconditionFailedError:
+            self.conditional_writes = True
+            raise
         return _receipt(answer, checksum)
 
     async def create_upload(self, uri: S3Uri, *, checksum: ChecksumName | None) -> str:
@@ -287,7 +304,11 @@ class S3Store:
         if self._client is None:
             async with self._opening:
                 if self._client is None:
-                    self._client = await self._exit.enter_async_context(await self._make())
+                    client = await self._exit.enter_async_context(await self._make())
+                    host = urlsplit(client.meta.endpoint_url).hostname or ""
+                    if self.conditional_writes is None and _AWS_HOST.search(host):
+                        self.conditional_writes = True
+                    self._client = client
         return self._client
 
     async def _make(self) -> Any:

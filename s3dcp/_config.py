@@ -13,17 +13,19 @@ MiB = 1 << 20
 ChecksumName = Literal["CRC64NVME", "CRC32C", "CRC32"]
 EncryptionName = Literal["AES256", "aws:kms", "aws:kms:dsse"]
 
-# What one connection to S3 carries at the least: AWS's guide says 85 to 90 MB/s a request, and links with
-# 60 are seen. Too many connections cost little, too few cost the link.
+# What one connection to S3 carries at the least: AWS's guide says 85 to 90 MB/s a request, and
+# links with 60 are seen. Too many connections cost little, too few cost the link.
 _CONNECTION_BYTES_PER_S = 50_000_000
-_NODE_MEMORY_BYTES = 1 << 30
+_NODE_MEMORY_BYTES = 512 * MiB
+_MAX_MEMORY_BYTES = 64 * MiB
+_MIN_MEMORY_BYTES = 16 * MiB
 _MIN_CONNECTIONS = 8
 _MAX_CONNECTIONS = 128
 
 
 @dataclass(frozen=True)
 class S3ClientConfig:
-    """Settings of a client. The first seven are the reference library's, in its order.
+    """Settings of a client. The first six are the reference library's, in its order.
 
     Args:
         throughput_target_gbps: The link's speed in gigabits per second, for a whole node; the
@@ -38,7 +40,7 @@ class S3ClientConfig:
         requester_pays: Accept the cost of requests to requester-pays buckets.
         endpoint_url: An S3-compatible store. Default: `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL`,
             the profile's, or AWS.
-        ca_bundle: A file of CA certificates to trust instead of the system's; default:
+        ca_bundle: A file of CA certificates to trust instead of botocore's; default:
             `AWS_CA_BUNDLE` or the profile's.
         storage_class: The storage class of new objects, such as `INTELLIGENT_TIERING`.
         server_side_encryption: `AES256` (SSE-S3), `aws:kms` or `aws:kms:dsse`.
@@ -51,8 +53,9 @@ class S3ClientConfig:
         connect_timeout_s: Seconds to wait for a connection.
         read_timeout_s: Seconds without progress after which a peer is given up.
         max_connections: Connections of this process. Default: from `throughput_target_gbps`.
-        memory_budget_bytes: Bytes of host memory for buffers of this process, beyond the tensors.
-            Default: 1 GiB a node, but what the engine needs by itself stays far below.
+        memory_budget_bytes: Bytes of host memory that one save or load of this process may hold
+            in buffers, beyond the tensors; a single item that is larger passes alone. Default: a
+            node's 512 MiB, at most 64 MiB for a process.
 
     `throughput_target_gbps` and the defaults of the last two are a node's, and are divided by
     `LOCAL_WORLD_SIZE` where torchrun has set it.
@@ -132,7 +135,8 @@ class S3ClientConfig:
         """Bytes of host memory for buffers of this process."""
         if self.memory_budget_bytes is not None:
             return self.memory_budget_bytes
-        return max(_NODE_MEMORY_BYTES // _local_world_size(), 64 * MiB)
+        share = _NODE_MEMORY_BYTES // _local_world_size()
+        return max(min(share, _MAX_MEMORY_BYTES), _MIN_MEMORY_BYTES)
 
 
 def _local_world_size() -> int:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from s3dcp._config import MiB
 from s3dcp._errors import IntegrityError, S3ConfigError
+from s3dcp._ranges import REQUEST_COST_BYTES
 from s3dcp._readers import ObjectReader, check_size
 from s3dcp._streams import ForwardReader, GetStreamCallable, ObjectInfoLike, blank, writable_view
 
@@ -26,10 +27,6 @@ if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
 
 DEFAULT_MAX_GAP_SIZE = 32 * MiB
-
-# A connection to S3 carries about 85 MB/s, and a first byte takes about 30 ms: reading on over a
-# gap of this many bytes costs as much as the request that would skip it.
-_REQUEST_COST_BYTES = 2_550_000
 
 GUIDANCE = (
     "The DCP reader serves only what S3StorageReader.prepare_local_plan injects. For other "
@@ -90,7 +87,7 @@ class DCPOptimizedS3Reader(ObjectReader):
         if not item_ranges:
             raise S3ConfigError(f"item_ranges must not be empty. {GUIDANCE}")
         check_max_gap_size(max_gap_size)
-        self._max_gap_bytes = min(max_gap_size, _REQUEST_COST_BYTES)
+        self._max_gap_bytes = min(max_gap_size, REQUEST_COST_BYTES)
         self._pieces = _merge(item_ranges)
         self._starts = [piece.start for piece in self._pieces]
         self._current: _Piece | None = None

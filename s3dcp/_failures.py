@@ -95,6 +95,12 @@ def mapped(operation: str, uri: S3Uri) -> Iterator[None]:
         raise failure from exc
 
 
+def setup_error(exc: Exception) -> S3Exception:
+    """Return the typed error for what a library raised before there was a request."""
+    kind, hint = _kind_of(exc)
+    return kind(_sentence("The S3 client cannot be made", str(exc) or type(exc).__name__, hint))
+
+
 def map_error(exc: Exception, operation: str, uri: S3Uri) -> S3Exception:
     """Return the typed error for what a library raised during a request."""
     if isinstance(exc, boto.ClientError):

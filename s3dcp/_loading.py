@@ -22,7 +22,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
-from s3dcp._config import MiB, S3ClientConfig
+from s3dcp._config import S3ClientConfig
 from s3dcp._downloads import Downloads
 from s3dcp._errors import S3Exception
 from s3dcp._flow import Channel
@@ -42,7 +42,6 @@ from s3dcp._ranges import Span, Want, coalesce, span_bytes
 from s3dcp._staging import Buffer, BufferPool, wait_for_copies
 from s3dcp._torch_internals import _StorageReaderTransforms
 
-_MAX_BUFFER_BYTES = 96 * MiB
 # Requests handed to the portal ahead of those on the wire; more would only cost memory.
 _QUEUED_PER_SLOT = 2
 
@@ -95,7 +94,7 @@ class LoadedItems:
         self._transforms = transforms
         self._part_bytes = config.part_size
         self._max_gap_bytes = max_gap_bytes
-        self._budget_bytes = min(config.memory_bytes(), _MAX_BUFFER_BYTES)
+        self._budget_bytes = config.memory_bytes()
         self._buffers = BufferPool(pinned=True, max_kept_bytes=self._budget_bytes)
         self._charged_bytes = 0
         self._fetching: dict[Future[list[int]], _Fetch] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from functools import partial
 
 from s3dcp._commit import Attempts, Found, Step, after_failure, next_step
@@ -10,13 +11,12 @@ from s3dcp._errors import (
     CheckpointExistsError,
     CommitConflictError,
     ObjectNotFoundError,
-    PreconditionFailedError,
     S3Exception,
     S3ServiceError,
 )
 from s3dcp._flow import Channel, wait_all
 from s3dcp._keys import S3Uri
-from s3dcp._store import Scatter
+from s3dcp._store import Scatter, Store
 from s3dcp._uploads import CLEANUP_ATTEMPTS, checksums_of
 
 _log = logging.getLogger("s3dcp.commits")
@@ -53,9 +53,7 @@ async def read(channel: Channel, uri: S3Uri) -> Found | None:
     return Found(body, info.etag)
 
 
-async def publish(
-    channel: Channel, uri: S3Uri, body: bytes, *, overwrite: bool, conditional: bool | None
-) -> Found | None:
+async def publish(channel: Channel, uri: S3Uri, body: bytes, *, overwrite: bool) -> Found | None:
     """Put `body` at `uri` as the whole commit, and return what it replaced.
 
     Args:
@@ -63,7 +61,6 @@ async def publish(
         uri: The key of `.metadata`.
         body: Its bytes, unlike any other save's.
         overwrite: Whether a checkpoint that is there may be replaced.
-        conditional: Whether the store is known to honour conditions; None: not known.
 
     Raises:
         CheckpointExistsError: one is there, and `overwrite` is false.
@@ -71,7 +68,9 @@ async def publish(
         S3Exception: as the store; nothing was published, or nothing is known of it.
     """
     _, checksum = checksums_of([memoryview(body)], channel.checksum)
-    attempts = Attempts(body=body, overwrite=overwrite, conditional=conditional is not False)
+    attempts = Attempts(
+        body=body, overwrite=overwrite, conditional=channel.store.conditional_writes is not False
+    )
     replaced: Found | None = None
     failures = 0
     while True:
@@ -96,16 +95,14 @@ async def publish(
             failures += 1
             if known is None or failures >= channel.retry.max_attempts:
                 raise
-            if isinstance(exc, PreconditionFailedError):
-                conditional = True
             _log.info("commit of %s: %s; reading back", uri, exc)
             attempts, replaced = known, found
             await channel.retry.sleep(channel.retry.delay_s(failures, exc))
             continue
         replaced = found
         break
-    if conditional is None or not attempts.conditional:
-        _warn_single_writer(uri)
+    if not (channel.store.conditional_writes and attempts.conditional):
+        _warn_single_writer(channel.store, uri)
     return replaced
 
 
@@ -136,13 +133,13 @@ def _exists(uri: S3Uri) -> CheckpointExistsError:
     )
 
 
-_warned: set[str] = set()
+_warned: weakref.WeakSet[Store] = weakref.WeakSet()
 
 
-def _warn_single_writer(uri: S3Uri) -> None:
-    if uri.bucket in _warned:
+def _warn_single_writer(store: Store, uri: S3Uri) -> None:
+    if store in _warned:
         return
-    _warned.add(uri.bucket)
+    _warned.add(store)
     _log.warning(
         "the store behind bucket %r is not known to honour conditional writes: let one job at a "
         "time save to a path, or set S3ClientConfig(conditional_writes=True) if it does",

@@ -25,6 +25,10 @@ MAX_OBJECT_BYTES = MAX_PARTS * MAX_PART_BYTES  # 48.8 TiB
 _SINGLE_PUT_BYTES = 8 * MiB
 _PREFERRED_PART_BYTES = 32 * MiB
 
+# A connection to S3 carries about 85 MB/s, and a first byte takes about 30 ms: reading on over a
+# gap of this many bytes costs as much as the request that would skip it.
+REQUEST_COST_BYTES = 2_550_000
+
 #: Items from this size on have a CRC per block, so that a part of them can be verified.
 BLOCKED_ITEM_BYTES = 4 * MiB
 _MIN_BLOCK_BYTES = MiB
@@ -182,15 +186,17 @@ class Span(Generic[T]):
 def coalesce(wants: Iterable[Want[T]], *, max_gap: float, max_span: int) -> list[Span[T]]:
     """Plan the requests that fetch every want of one object.
 
-    Neighbours share a request while the gap between them is at most `max_gap` and the span stays
-    within `max_span`; a larger want is spread over several spans of equal size. Wants that
-    overlap are put in spans of their own, since a request's bytes go to one place only.
+    Neighbours share a request while the gap between them is at most `max_gap`, and no more than a
+    request costs, and the span stays within `max_span`; a larger want is spread over several spans
+    of equal size. Wants that overlap are put in spans of their own, since a request's bytes go to
+    one place only.
 
     Args:
         wants: In any order; empty ones are dropped.
         max_gap: Bytes that may be read in vain to save a request.
         max_span: Bytes of one request at most.
     """
+    max_gap = min(max_gap, REQUEST_COST_BYTES)
     spans: list[Span[T]] = []
     pieces: list[Want[T]] = []
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
-from typing import Any, cast
+from typing import IO, Any, cast
 
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from s3dcp._checksums import crc_of
 from s3dcp._commit import Found, metadata_name
 from s3dcp._config import S3ClientConfig
 from s3dcp._constructors import (
@@ -23,14 +25,16 @@ from s3dcp._errors import (
     CheckpointChangedError,
     CheckpointNotFoundError,
     CorruptMetadataError,
+    IntegrityError,
     ObjectNotFoundError,
     S3Exception,
 )
 from s3dcp._filesystem import S3FileSystem
 from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
 from s3dcp._loading import LoadedItems
-from s3dcp._metadata import load_metadata
+from s3dcp._metadata import crcs_of, load_metadata
 from s3dcp._publish import read
+from s3dcp._torch_internals import _StorageInfo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,8 @@ class S3StorageReader(FileSystemReader):
         s3client_config: Settings of the client.
         reader_constructor: `S3ReaderConstructor.dcp_optimized()` (the default), or a constructor of
             readers for other access patterns, which are used file by file.
+        trusted_metadata: Unpickle `.metadata` with plain pickle, which runs what it says: for a
+            planner that puts types of its own there, where nobody else can write to the bucket.
 
     Raises:
         S3ConfigError: an argument that cannot work.
@@ -66,6 +72,8 @@ class S3StorageReader(FileSystemReader):
         reader_constructor: (
             S3ReaderConstructorProtocol | DCPS3ReaderConstructorProtocol | None
         ) = None,
+        *,
+        trusted_metadata: bool = False,
     ) -> None:
         self._reader_constructor = reader_constructor or S3ReaderConstructor.dcp_optimized()
         fs = S3FileSystem(
@@ -76,6 +84,7 @@ class S3StorageReader(FileSystemReader):
         self.fs: S3FileSystem = fs  # type: ignore[assignment]  # in place of torch's own
         self.path = path
         self.sync_files = False
+        self._trusted_metadata = trusted_metadata
         self._found: Found | None = None
         self._metadata: Metadata | None = None
         self._global_failure: Exception | None = None
@@ -134,8 +143,10 @@ class S3StorageReader(FileSystemReader):
             )
         if self._found is not None and self._metadata is not None and plan.storage_data is None:
             meta = self._metadata.storage_meta
+            # Without collectives every rank has a metadata of its own, which is to differ.
+            identity = (self._found.etag, meta.save_id if meta else None)
             plan.storage_data = LoadIdentity(
-                str(self.path), self._found.etag, meta.save_id if meta else None
+                str(self.path), *(identity if self.use_collectives else (None, None))
             )
         return plan
 
@@ -183,6 +194,21 @@ class S3StorageReader(FileSystemReader):
         """Return whether this is the URI of a place in S3."""
         return S3FileSystem.validate_checkpoint_id(checkpoint_id)
 
+    def _slice_file(self, file: IO[bytes], sinfo: _StorageInfo) -> IO[bytes]:
+        """Return an item's stream for the readers that go file by file, verified if it can be."""
+        item: IO[bytes] = super()._slice_file(file, sinfo)
+        crcs = crcs_of(sinfo)
+        if crcs is None:
+            return item
+        data = item.read(sinfo.length)
+        if crc_of([memoryview(data)]) != crcs.item:
+            raise IntegrityError(
+                f"Bytes [{sinfo.offset}, {sinfo.offset + sinfo.length}) of {sinfo.relative_path} "
+                f"under {self.path} differ from those that were saved (CRC64NVME): load an older "
+                "checkpoint"
+            )
+        return io.BytesIO(data)
+
     def _read_ranges(
         self, plan: LoadPlan, planner: LoadPlanner, base: S3Uri, max_gap_bytes: float
     ) -> None:
@@ -205,7 +231,7 @@ class S3StorageReader(FileSystemReader):
                 bucket=uri.bucket,
                 key=uri.key,
             )
-        metadata = load_metadata(found.body, source=str(uri))
+        metadata = load_metadata(found.body, source=str(uri), trusted=self._trusted_metadata)
         if metadata.storage_meta is None:
             metadata.storage_meta = StorageMeta()
         metadata.storage_meta.load_id = self.load_id

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 from s3dcp._config import S3ClientConfig
@@ -17,7 +18,7 @@ from s3dcp._downloads import Downloads
 from s3dcp._errors import InvalidS3UriError
 from s3dcp._flow import Channel, RetryPolicy, Slots
 from s3dcp._keys import S3Uri, parse_s3_uri
-from s3dcp._portal import Portal, portal
+from s3dcp._portal import Portal, offload, portal
 from s3dcp._ranges import cut, upload_part_bytes
 from s3dcp._store import ObjectInfo
 from s3dcp._uploads import Upload
@@ -216,20 +217,23 @@ _channels: dict[Hashable, Channel] = {}
 
 async def _channel(region: str | None, config: S3ClientConfig) -> Channel:
     """Return the pool for these settings, on the portal that runs this."""
-    from s3dcp._client import S3Store
-
     here = portal()
     key = (id(here), region, config, _aws_environment())
-    if (channel := _channels.get(key)) is None:
-        store = S3Store(region, config)
+    if key not in _channels:
+        # botocore takes most of a second to import, which the loop must not spend.
+        client = await offload(import_module, "s3dcp._client")
+        store = client.S3Store(region, config)
+        await store.open()
         here.at_close(store.close)
-        channel = _channels[key] = Channel(
+        # Two may have come here at once; the first one's stays.
+        mine = Channel(
             store=store,
             slots=Slots(config.connections()),
             retry=RetryPolicy(max_attempts=config.max_attempts),
             checksum=config.checksum,
         )
-    return channel
+        _channels.setdefault(key, mine)
+    return _channels[key]
 
 
 def _aws_environment() -> Hashable:

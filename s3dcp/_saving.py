@@ -34,7 +34,6 @@ from s3dcp._uploads import Upload
 
 # Copying less than this is quicker than a view, a checksum and a write for each of its pieces.
 _COPIED_BYTES = 256 << 10
-_MAX_BUFFER_BYTES = 64 * MiB
 # A device's memory comes to the host in pieces of this size.
 _STAGED_BYTES = 16 * MiB
 
@@ -136,7 +135,7 @@ class SavedItems:
         self._config = config
         self._planner = planner
         self._transforms = transforms
-        self._budget_bytes = min(config.memory_bytes(), _MAX_BUFFER_BYTES)
+        self._budget_bytes = config.memory_bytes()
         self._charged_bytes = 0
         self._buffers = BufferPool(pinned=True, max_kept_bytes=self._budget_bytes)
         self._sending: dict[Future[list[int]], list[Fragment[_Piece]]] = {}

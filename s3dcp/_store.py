@@ -110,7 +110,14 @@ class Scatter:
 
 
 class Store(Protocol):
-    """S3's requests as the engine sees them: one attempt each, errors already typed."""
+    """S3's requests as the engine sees them: one attempt each, errors already typed.
+
+    Attributes:
+        conditional_writes: Whether conditions on PUT are honoured, by configuration, by being AWS,
+            or by having refused one with 412; None while that is not known.
+    """
+
+    conditional_writes: bool | None
 
     async def get(self, uri: S3Uri) -> tuple[bytes | bytearray, ObjectInfo]:
         """Return a whole, small object."""

@@ -188,7 +188,6 @@ class S3StorageWriter(FileSystemWriter):
             uri,
             dump_metadata(metadata),
             overwrite=self.overwrite,
-            conditional=self.fs.client.s3client_config.conditional_writes,
         )
         if replaced is not None:
             self._delete_replaced(replaced.body, metadata, uri)

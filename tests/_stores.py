@@ -48,6 +48,7 @@ class MemoryStore:
         self.uploads: dict[str, dict[int, bytes]] = {}
         self.requests: list[tuple[str, str]] = []
         self.honours_conditions = honours_conditions
+        self.conditional_writes: bool | None = True
         self.before: Fault = _no_fault
         self.after: Fault = _no_fault
         self._numbers = itertools.count(1)

@@ -101,12 +101,8 @@ def test_names() -> None:
     assert deletions(["a", "b", "b"], ["b", "c"]) == ["a"]
 
 
-def run(
-    store: MemoryStore, *, overwrite: bool = True, conditional: bool | None = True
-) -> Found | None:
-    return asyncio.run(
-        publish(channel_of(store), URI, OURS, overwrite=overwrite, conditional=conditional)
-    )
+def run(store: MemoryStore, *, overwrite: bool = True) -> Found | None:
+    return asyncio.run(publish(channel_of(store), URI, OURS, overwrite=overwrite))
 
 
 class Once:
@@ -220,6 +216,7 @@ def test_a_store_without_conditions_is_used_without_and_said_to_be(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     store = MemoryStore()
+    store.conditional_writes = None
 
     def refuse(name: str, uri: S3Uri) -> None:
         if name == "put" and len([n for n, _ in store.requests if n == "put"]) == 1:
@@ -231,7 +228,7 @@ def test_a_store_without_conditions_is_used_without_and_said_to_be(
         for _ in range(2):
             store.objects.clear()
             store.requests.clear()
-            asyncio.run(publish(channel_of(store), uri, OURS, overwrite=True, conditional=None))
+            asyncio.run(publish(channel_of(store), uri, OURS, overwrite=True))
     warnings = [r for r in caplog.records if "conditional writes" in r.message]
     assert len(warnings) == 1
 

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 
 MiB = 1 << 20
 BASE = S3Uri("bucket", "run")
-CONFIG = S3ClientConfig(part_size=5 * MiB)
+CONFIG = S3ClientConfig(part_size=5 * MiB, memory_budget_bytes=10 * MiB)
 
 
 class CountingStore(MemoryStore):
@@ -279,7 +279,6 @@ def test_a_small_flip_anywhere_in_a_whole_item(size: int) -> None:
 
 def test_memory_is_bounded_by_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Targets of another type go through buffers: their sum must stay within the budget."""
-    monkeypatch.setattr("s3dcp._loading._MAX_BUFFER_BYTES", 10 * MiB)
     store = CountingStore()
     state = {f"w{n}": torch.full((MiB,), float(n)) for n in range(12)}
     metadata = save(store, state)

@@ -1,0 +1,164 @@
+"""The examples, run as a user runs them, against a real S3 server.
+
+Every process of an example carries a mark in its environment, which its own children inherit. So
+those that it leaves behind are found, whatever session they are in and whoever adopted them: that
+fails the test, and they are killed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import secrets
+import select
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_EXAMPLES = Path(__file__).parents[1] / "examples"
+# The demo takes half a minute on two cores, and several times as long on busy ones.
+_LIMIT_S = 200.0
+_GRACE_S = 10.0
+
+pytestmark = pytest.mark.timeout(2 * _LIMIT_S + 4 * _GRACE_S)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[_Runner]:
+    """Runs programs to their end, and sees to it that nothing of them is left."""
+    runner = _Runner(tmp_path)
+    try:
+        yield runner
+        runner.wait_for_left()
+        assert runner.left() == {}
+    finally:
+        runner.kill_left()
+
+
+class _Runner:
+    """Runs Python programs in a temporary folder, one thread to a process, no user's settings."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._mark = f"S3DCP_EXAMPLE={secrets.token_hex(8)}"
+
+    def __call__(self, *arguments: str) -> str:
+        """Run the interpreter with these arguments and return what it printed."""
+        name, _, value = self._mark.partition("=")
+        environ = os.environ | {
+            name: value,
+            "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(self._folder),  # torchrun leaves folders behind
+        }
+        log = self._folder / "stderr"
+        with log.open("w") as stderr:
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                cwd=self._folder,
+                env=environ,
+                stdout=subprocess.PIPE,
+                stderr=stderr,
+                text=True,
+            )
+        with process:
+            try:
+                printed, _ = process.communicate(timeout=_LIMIT_S)
+            except BaseException as error:  # an interrupt too: the `with` waits for the end
+                self._stop(process)
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                pytest.fail(f"{arguments} took over {_LIMIT_S:.0f} s:\n{log.read_text()[-8000:]}")
+        assert process.returncode == 0, f"{printed[-2000:]}\n{log.read_text()[-8000:]}"
+        return printed
+
+    def torchrun(self, ranks: int, *arguments: str) -> list[dict[str, Any]]:
+        """Run a script on so many ranks and return the events that it printed as JSON lines."""
+        printed = self(
+            "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", *arguments
+        )
+        return [json.loads(line) for line in printed.splitlines() if line.startswith("{")]
+
+    def left(self) -> dict[int, str]:
+        """Return the command lines of processes that still run, by id. Knows of Linux's only."""
+        found = {}
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended, or is not ours
+                if self._mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    words = (folder / "cmdline").read_bytes().split(b"\0")
+                    found[int(folder.name)] = b" ".join(words).decode(errors="replace")
+        return found
+
+    def wait_for_left(self) -> None:
+        """Give processes that are about to end the time to do so."""
+        for pid in self.left():
+            with suppress(ProcessLookupError):
+                ended = os.pidfd_open(pid)
+                select.select([ended], [], [], _GRACE_S)
+                os.close(ended)
+
+    def kill_left(self) -> None:
+        """End them all."""
+        for pid in self.left():
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def _stop(self, process: subprocess.Popen[str]) -> None:
+        process.terminate()  # torchrun and the demo pass it on
+        with suppress(subprocess.TimeoutExpired):
+            process.communicate(timeout=_GRACE_S)
+        self.kill_left()
+
+
+def _of(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
+    return [event for event in events if event["event"] == kind]
+
+
+class TestTrainFsdp2:
+    def test_saves_and_resumes_on_another_number_of_ranks(
+        self, run: _Runner, boto: Any, bucket: str
+    ) -> None:
+        uri = f"s3://{bucket}/some run"
+        script = (str(_EXAMPLES / "train_fsdp2.py"), "--uri", uri, "--save-every", "2")
+
+        trained = run.torchrun(2, *script, "--steps", "3")
+        resumed = run.torchrun(1, *script, "--steps", "4", "--resume")
+
+        [save] = _of(trained, "save")
+        assert save["step"] == 2
+        assert save["bytes"] > 0
+        losses = [event["loss"] for event in _of(trained, "step")]
+        assert len(losses) == 3
+        assert all(math.isfinite(loss) for loss in losses)
+        listed = boto.list_objects_v2(Bucket=bucket, Prefix="some run/step-2/")["Contents"]
+        names = sorted(entry["Key"].removeprefix("some run/step-2/") for entry in listed)
+        assert len(names) == save["objects"]
+        assert [re.sub(r"[0-9a-f]{16}", "TOKEN", name) for name in names] == [
+            ".metadata",
+            "0000000000/__0_0.TOKEN.distcp",
+            "1000000000/__1_0.TOKEN.distcp",
+        ]
+
+        [resume] = _of(resumed, "resume")
+        assert (resume["step"], resume["sha256"]) == (2, save["sha256"])
+        assert [event["step"] for event in _of(resumed, "step")] == [3, 4]
+        assert [event["step"] for event in _of(resumed, "save")] == [4]
+
+
+class TestDemo:
+    def test_all_that_it_promises_holds(self, run: _Runner, tmp_path: Path) -> None:
+        printed = run(str(_EXAMPLES / "demo.py"))
+
+        assert "all of it held" in printed
+        assert printed.count("  ok: ") >= 4
+        assert [path.name for path in tmp_path.iterdir()] == ["stderr"]
+        assert re.search(r"^ +20 +2 +[\d,]+ +[\d.]+ +[\d.]+ +3 ", printed, re.MULTILINE)

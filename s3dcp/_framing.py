@@ -65,7 +65,7 @@ class Frame:
         return len(self.header) + self.data_bytes + len(self.trailer)
 
 
-def frame_of(tensor: torch.Tensor) -> Frame | None:
+def frame_of(tensor: torch.Tensor, alignment: int | None = None) -> Frame | None:
     """Return the frame of a detached CPU tensor, or None if `torch.save` has to write it.
 
     The tensor is framed as one that owns no more memory than it needs, which is what DCP makes of
@@ -86,18 +86,22 @@ def frame_of(tensor: torch.Tensor) -> Frame | None:
         tensor.shape,
         tensor.stride(),
         (tensor.is_conj(), tensor.is_neg()),
-        _alignment(),
+        alignment or storage_alignment(),
     )
 
 
-def frame_for(dtype: torch.dtype, shape: tuple[int, ...]) -> Frame | None:
+def frame_for(
+    dtype: torch.dtype, shape: tuple[int, ...], alignment: int | None = None
+) -> Frame | None:
     """Return the frame of a contiguous tensor that does not exist yet."""
     stride = []
     step = 1
     for size in reversed(shape):
         stride.append(step)
         step *= max(size, 1)
-    return _frame(dtype, shape, tuple(reversed(stride)), (False, False), _alignment())
+    return _frame(
+        dtype, shape, tuple(reversed(stride)), (False, False), alignment or storage_alignment()
+    )
 
 
 def memory_of(tensor: torch.Tensor) -> memoryview:
@@ -273,7 +277,8 @@ class _Source(io.RawIOBase):
         return piece.nbytes
 
 
-def _alignment() -> int:
+def storage_alignment() -> int:
+    """Return what data is aligned to: looked up once for many tensors, as torch takes its time."""
     return getattr(config.save, "storage_alignment", 64)  # fixed before torch made it a setting
 
 

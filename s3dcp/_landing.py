@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from s3dcp._checksums import combine
 from s3dcp._errors import CorruptMetadataError, IntegrityError
-from s3dcp._framing import Frame, decode, frame_for, memory_of
+from s3dcp._framing import Frame, decode, frame_for, memory_of, storage_alignment
 from s3dcp._keys import S3Uri, child_key
 from s3dcp._layouts import parse_header
 from s3dcp._metadata import ItemCrcs, crcs_of
@@ -152,6 +152,7 @@ def group(items: Iterable[ReadItem], metadata: Metadata, base: S3Uri) -> list[It
     source = f"{base}/.metadata"
     found: dict[object, Item] = {}
     uris: dict[str, S3Uri] = {}
+    alignment = storage_alignment()
     for request in items:
         index = request.storage_index
         item = found.get(index)
@@ -163,7 +164,7 @@ def group(items: Iterable[ReadItem], metadata: Metadata, base: S3Uri) -> list[It
             if uri is None:
                 key = child_key(base.key, info.relative_path, source=source)
                 uri = uris[info.relative_path] = S3Uri(base.bucket, key)
-            stored = None if info.transform_descriptors else _stored(request, metadata)
+            stored = None if info.transform_descriptors else _stored(request, metadata, alignment)
             if stored is not None and stored.frame.length != info.length:
                 stored = None
             item = found[index] = Item(uri, info, crcs_of(info), stored)
@@ -203,7 +204,7 @@ def needed_ranges(
     return [rows] if crcs is not None else [(0, data_at), rows]
 
 
-def _stored(request: ReadItem, metadata: Metadata) -> Stored | None:
+def _stored(request: ReadItem, metadata: Metadata, alignment: int) -> Stored | None:
     index = request.storage_index
     entry = metadata.state_dict_metadata.get(index.fqn)
     if request.type != LoadItemType.TENSOR or not isinstance(entry, TensorStorageMetadata):
@@ -214,7 +215,7 @@ def _stored(request: ReadItem, metadata: Metadata) -> Stored | None:
     for chunk in chunks:
         if index.offset is None or chunk.offsets == index.offset:
             dtype, shape = entry.properties.dtype, tuple(chunk.sizes)
-            frame = frame_for(dtype, shape)
+            frame = frame_for(dtype, shape, alignment)
             return Stored(dtype, shape, frame) if frame is not None else None
     return None
 

@@ -176,8 +176,8 @@ class S3StorageReader(FileSystemReader):
         """
         base = parse_s3_uri(self.path)
         source = str(self._metadata_uri(None))
-        for item in plan.items:
-            child_key(base.key, self.storage_data[item.storage_index].relative_path, source=source)
+        for name in {self.storage_data[item.storage_index].relative_path for item in plan.items}:
+            child_key(base.key, name, source=source)
         try:
             if isinstance(self._reader_constructor, DCPOptimizedConstructor):
                 self._read_ranges(plan, planner, base, self._reader_constructor.max_gap_size)

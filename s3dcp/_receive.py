@@ -130,7 +130,10 @@ async def _receive_raw(
     if receiver.surplus:
         transport.abort()
         raise S3ProtocolError("The body is longer than its Content-Length")
-    # aiohttp did not see the body go by; told of its end, it takes the connection back.
+    # aiohttp's parser did not see the body go by, and would take what comes next for a part of it:
+    # with a new one, bytes that belong to no response close the connection.
+    owner.set_response_params()
+    # Told of the body's end, aiohttp takes the connection back.
     response.content.feed_eof()
 
 

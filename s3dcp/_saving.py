@@ -22,7 +22,7 @@ from s3dcp._checksums import combine
 from s3dcp._config import MiB, S3ClientConfig
 from s3dcp._errors import IncompleteSaveError
 from s3dcp._flow import Channel
-from s3dcp._framing import Frame, encode, frame_for, frame_of, memory_of
+from s3dcp._framing import Frame, encode, frame_for, frame_of, memory_of, storage_alignment
 from s3dcp._keys import S3Uri
 from s3dcp._metadata import ItemCrcs, annotate
 from s3dcp._portal import Portal
@@ -137,6 +137,7 @@ class SavedItems:
         self._transforms = transforms
         self._budget_bytes = config.memory_bytes()
         self._charged_bytes = 0
+        self._alignment = storage_alignment()
         self._buffers = BufferPool(pinned=True, max_kept_bytes=self._budget_bytes)
         self._sending: dict[Future[list[int]], list[Fragment[_Piece]]] = {}
         self._sent: queue.SimpleQueue[Future[list[int]]] = queue.SimpleQueue()
@@ -213,13 +214,13 @@ class SavedItems:
             self._make_room(tensor.nbytes)
             tensor = tensor.cpu()
             charge = self._charge(tensor.nbytes)
-        frame = frame_of(tensor)
+        frame = frame_of(tensor, self._alignment)
         if frame is None and tensor.layout is torch.strided:
             # As stock DCP does for a view of a larger storage; what has gaps gets a frame this way.
             self._make_room(tensor.nbytes)
             tensor = tensor.clone()
             charge = self._charge(tensor.nbytes)
-            frame = frame_of(tensor)
+            frame = frame_of(tensor, self._alignment)
         if self._transforms.extensions or frame is None:
             yield self._buffered(self._transformed(item.write_item, encode(tensor)))
             return

@@ -63,13 +63,16 @@ class S3FileSystem(FileSystemBase):
                 f"Invalid mode {mode!r}: create_stream only supports 'rb' (read) and 'wb' (write)"
             )
         uri = _object_uri(path)
-        stream = self._open_writer(uri) if mode == "wb" else self._open_reader(uri)
-        with stream:
-            yield stream
-
-    def _open_writer(self, uri: S3Uri) -> io.IOBase:
-        portal, channel = self.client.connect()
-        return S3Writer(UploadSink(portal, channel, uri, self.client.s3client_config))
+        if mode == "rb":
+            with self._open_reader(uri) as reader:
+                yield reader
+            return
+        sink = UploadSink(*self.client.connect(), uri, self.client.s3client_config)
+        try:
+            with S3Writer(sink) as writer:
+                yield writer
+        finally:
+            sink.settle()
 
     def _open_reader(self, uri: S3Uri) -> io.IOBase:
         portal, channel = self.client.connect()

@@ -116,7 +116,7 @@ class Item:
         if self.stored is None or not (self.exact or self.is_partial):
             return True
         header: bytes | memoryview | None = self.header
-        if self.places and not self.places[0][0]:
+        if header is None and self.places and not self.places[0][0]:
             header = self.places[0][1]
         expected = self.stored.frame.header
         return header is None or header[: len(expected)] == expected
@@ -229,17 +229,16 @@ def settle_place(item: Item, targets: list[torch.Tensor], take: Callable[[int], 
         take: Hands out a buffer of so many bytes, and charges for it.
     """
     item.targets = targets
-    if item.is_small:
-        return
     item.exact = _exact_range(item, targets)
-    if item.exact is not None and is_host(targets[0]):
-        item.places = list(_around(item.ranges, item.exact, memory_of(targets[0])))
-        return
-    if item.exact is not None:
+    if item.exact is not None and not is_host(targets[0]):
         item.device = bytes_of(targets[0])
-        return
-    item.buffer = take(item.missing_bytes)
-    item.places = list(_one_after_another(item.ranges, item.buffer.view))
+    elif item.is_small:
+        pass  # the span that carries it gives it a place
+    elif item.exact is not None:
+        item.places = list(_around(item.ranges, item.exact, memory_of(targets[0])))
+    else:
+        item.buffer = take(item.missing_bytes)
+        item.places = list(_one_after_another(item.ranges, item.buffer.view))
 
 
 def _exact_range(item: Item, targets: list[torch.Tensor]) -> tuple[int, int] | None:

@@ -22,10 +22,12 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
+from s3dcp._collector import CollectorPause
 from s3dcp._config import S3ClientConfig
 from s3dcp._downloads import Downloads
 from s3dcp._errors import S3Exception
 from s3dcp._flow import Channel
+from s3dcp._framing import memory_of
 from s3dcp._keys import S3Uri
 from s3dcp._landing import (
     Item,
@@ -97,6 +99,7 @@ class LoadedItems:
         self._budget_bytes = config.memory_bytes()
         self._buffers = BufferPool(pinned=True, max_kept_bytes=self._budget_bytes)
         self._charged_bytes = 0
+        self._pause = CollectorPause()
         self._fetching: dict[Future[list[int]], _Fetch] = {}
         self._fetched: queue.SimpleQueue[Future[list[int]]] = queue.SimpleQueue()
 
@@ -114,18 +117,19 @@ class LoadedItems:
             IntegrityError: stored bytes differ from those that were saved.
             S3Exception: as the store.
         """
-        wanted = group(items, metadata, base)
         queued = _QUEUED_PER_SLOT * self._channel.slots.count
         try:
-            for uri, span in self._plan(wanted):
-                while len(self._fetching) >= queued:
+            with self._pause:
+                wanted = group(items, metadata, base)
+                for uri, span in self._plan(wanted):
+                    while len(self._fetching) >= queued:
+                        self._settle()
+                    self._admit(uri, span)
+                while self._fetching:
                     self._settle()
-                self._admit(uri, span)
-            while self._fetching:
-                self._settle()
-            for item in wanted:
-                if not item.info.length:
-                    self._finish(item, memoryview(b""))
+                for item in wanted:
+                    if not item.info.length:
+                        self._finish(item, memoryview(b""))
         except BaseException:
             self._portal.cancel(list(self._fetching))
             raise
@@ -183,6 +187,7 @@ class LoadedItems:
             if item.lands_in_span:
                 views = [free[used : used + length]]
                 fetch.landed.append((item, start, views[0]))
+                item.places = [(start, views[0])]
                 used += length
                 run_bytes += length
             else:
@@ -207,7 +212,7 @@ class LoadedItems:
 
     def _settle(self) -> None:
         """Wait for a span, and finish the items that it completes."""
-        future = self._fetched.get()
+        future = self._pause.next_of(self._fetched)
         fetch = self._fetching.pop(future)
         try:
             crcs = future.result()
@@ -241,6 +246,9 @@ class LoadedItems:
         verify(item)
         if item.exact is not None and item.is_as_guessed:
             [request], [target] = item.requests, cast("list[torch.Tensor]", item.targets)
+            if data is not None and item.device is None:
+                first, last = item.exact
+                memory_of(target)[:] = data[first:last]
             self._planner.commit_tensor(request, target)
         else:
             self._copy(item, data)

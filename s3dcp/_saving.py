@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteIt
 from torch.distributed.checkpoint.storage import WriteResult
 
 from s3dcp._checksums import combine
+from s3dcp._collector import CollectorPause
 from s3dcp._config import MiB, S3ClientConfig
 from s3dcp._errors import IncompleteSaveError
 from s3dcp._flow import Channel
@@ -60,6 +61,9 @@ class _Piece:
 
     def sum(self) -> tuple[int, int]:
         """Return the piece's CRC and length."""
+        if len(self.sums) == 1:
+            [(_, crc, size)] = self.sums
+            return crc, size
         ordered = [(crc, size) for _, crc, size in sorted(self.sums)]
         return combine(ordered), sum(size for _, size in ordered)
 
@@ -137,6 +141,7 @@ class SavedItems:
         self._transforms = transforms
         self._budget_bytes = config.memory_bytes()
         self._charged_bytes = 0
+        self._pause = CollectorPause()
         self._alignment = storage_alignment()
         self._buffers = BufferPool(pinned=True, max_kept_bytes=self._budget_bytes)
         self._sending: dict[Future[list[int]], list[Fragment[_Piece]]] = {}
@@ -153,17 +158,20 @@ class SavedItems:
             S3Exception: something could not be written. Nothing of this plan is left behind.
         """
         try:
-            for uri, name, items in files:
-                self._open(uri, name, items)
-            for file, (_, _, items) in zip(self._files, files, strict=True):
-                for item in items:
-                    self._add(file, item)
-                self._end(file)
-            self._finish()
+            with self._pause:
+                for uri, name, items in files:
+                    self._open(uri, name, items)
+                for file, (_, _, items) in zip(self._files, files, strict=True):
+                    for item in items:
+                        self._add(file, item)
+                    self._end(file)
+                while self._sending:
+                    self._settle()
+                results = [item.result() for file in self._files for item in file.items]
+            self._complete()
         except BaseException:
             self._abandon()
             raise
-        results = [item.result() for file in self._files for item in file.items]
         expected = sum(len(items) for _, _, items in files)
         if len(results) != expected:
             raise IncompleteSaveError(f"{len(results)} of {expected} items were written")
@@ -305,7 +313,7 @@ class SavedItems:
         future.add_done_callback(self._sent.put)
 
     def _settle(self) -> None:
-        future = self._sent.get()
+        future = self._pause.next_of(self._sent)
         part = self._sending.pop(future)
         for fragment, crc in zip(part, future.result(), strict=True):
             piece = fragment.owner
@@ -323,9 +331,7 @@ class SavedItems:
         if not charge.left_bytes and charge.buffer is not None:
             self._buffers.give(charge.buffer)
 
-    def _finish(self) -> None:
-        while self._sending:
-            self._settle()
+    def _complete(self) -> None:
         completing = [
             self._portal.submit(file.upload.complete, file.sent)
             for file in self._files

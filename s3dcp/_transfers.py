@@ -133,6 +133,7 @@ class UploadSink:
         self._buffer = bytearray()
         self._sent = 0
         self._sending: deque[Future[list[int]]] = deque()
+        self._dropping: Future[None] | None = None
 
     def write(self, data: memoryview, /) -> None:
         """Append a copy of `data`, sending what has become whole parts.
@@ -168,9 +169,14 @@ class UploadSink:
             raise
 
     def abort(self) -> None:
-        """Drop the object."""
-        self._portal.submit(self._upload.abort)
+        """Drop the object, without waiting for it."""
+        self._dropping = self._portal.submit(self._upload.abort)
         self._sending.clear()
+
+    def settle(self) -> None:
+        """Wait until an object that was dropped is: the process may be about to end."""
+        if self._dropping is not None:
+            self._portal.wait(self._dropping)
 
     def _part_bytes(self) -> int:
         return min(self._first_bytes << (self._sent // _PARTS_PER_SIZE), MAX_PART_BYTES)

@@ -14,7 +14,7 @@ PACKAGE = Path(s3dcp.__file__).parent
 # A module imports from rows above its own, or from modules to its left in its row.
 ROWS = {
     # Errors stand above the portal, whose own are among them: users catch one tree.
-    "errors": ["_errors"],
+    "errors": ["_errors", "_collector"],
     "portal": ["_portal"],
     "values": ["_config", "_keys", "_store"],
     "pure": ["_checksums", "_ranges", "_commit"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import ssl
 from collections.abc import Iterator
 from typing import Any
 
@@ -120,11 +121,16 @@ def map_error(exc: Exception, operation: str, uri: S3Uri) -> S3Exception:
 
 
 def _kind_of(exc: Exception) -> tuple[type[S3Exception], str]:
+    if type(exc) is boto.HTTPClientError and isinstance(exc.kwargs.get("error"), _FILE_ERRORS):
+        return errors.S3ConfigError, "check the file that ca_bundle or AWS_CA_BUNDLE names"
     for types, kind, hint in _LIBRARY_ERRORS:
         if isinstance(exc, types):
             return kind, hint
     return S3Exception, ""
 
+
+# What loading certificates raises, before there is a connection.
+_FILE_ERRORS = (FileNotFoundError, IsADirectoryError, PermissionError, ssl.SSLError)
 
 _LIBRARY_ERRORS: tuple[tuple[tuple[type[Exception], ...], type[S3Exception], str], ...] = (
     (

@@ -141,7 +141,9 @@ class S3StorageReader(FileSystemReader):
             self._reader_constructor.set_item_ranges_by_file(
                 plan.items, self.storage_data, self.path
             )
-        if self._found is not None and self._metadata is not None and plan.storage_data is None:
+        # Without collectives every rank has read a `.metadata` of its own.
+        together = self.use_collectives and plan.storage_data is None
+        if together and self._found is not None and self._metadata is not None:
             meta = self._metadata.storage_meta
             # Without collectives every rank has a metadata of its own, which is to differ.
             identity = (self._found.etag, meta.save_id if meta else None)

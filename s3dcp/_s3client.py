@@ -7,7 +7,9 @@ fork, and may be used from any number of event loops.
 
 from __future__ import annotations
 
+import asyncio
 import os
+import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from functools import partial
 from importlib import import_module
@@ -133,7 +135,7 @@ class S3Client:
         self, bucket: str, prefix: str = "", delimiter: str = ""
     ) -> AsyncIterator[ObjectInfo]:
         """Iterate over the objects (and, with a delimiter, prefixes) that start with `prefix`."""
-        uri = parse_s3_uri(f"s3://{bucket}/{prefix}")
+        uri = _uri(bucket, prefix)
 
         for info in await self._run(partial(list_all, uri=uri, delimiter=delimiter)):
             yield info
@@ -206,34 +208,44 @@ async def list_all(channel: Channel, uri: S3Uri, *, delimiter: str = "") -> list
 
 
 def _object_uri(bucket: str, key: str) -> S3Uri:
-    uri = parse_s3_uri(f"s3://{bucket}/{key}")
+    uri = _uri(bucket, key)
     if not uri.key:
         raise InvalidS3UriError(f"An object needs a key: s3://{bucket}/")
     return uri
 
 
-_channels: dict[Hashable, Channel] = {}
+def _uri(bucket: str, key: str) -> S3Uri:
+    uri = parse_s3_uri(f"s3://{bucket}/{key}")
+    if uri.bucket != bucket:
+        raise InvalidS3UriError(f"Not the name of a bucket: {bucket!r}")
+    return uri
+
+
+# By portal, which takes its pools along when it is gone; opened one at a time.
+_pools: weakref.WeakKeyDictionary[Portal, tuple[asyncio.Lock, dict[Hashable, Channel]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 async def _channel(region: str | None, config: S3ClientConfig) -> Channel:
     """Return the pool for these settings, on the portal that runs this."""
     here = portal()
-    key = (id(here), region, config, _aws_environment())
-    if key not in _channels:
-        # botocore takes most of a second to import, which the loop must not spend.
-        client = await offload(import_module, "s3dcp._client")
-        store = client.S3Store(region, config)
-        await store.open()
-        here.at_close(store.close)
-        # Two may have come here at once; the first one's stays.
-        mine = Channel(
-            store=store,
-            slots=Slots(config.connections()),
-            retry=RetryPolicy(max_attempts=config.max_attempts),
-            checksum=config.checksum,
-        )
-        _channels.setdefault(key, mine)
-    return _channels[key]
+    opening, channels = _pools.setdefault(here, (asyncio.Lock(), {}))
+    key = (region, config, _aws_environment())
+    async with opening:
+        if key not in channels:
+            # botocore takes most of a second to import, which the loop must not spend.
+            client = await offload(import_module, "s3dcp._client")
+            store = client.S3Store(region, config)
+            await store.open()
+            here.at_close(store.close)
+            channels[key] = Channel(
+                store=store,
+                slots=Slots(config.connections()),
+                retry=RetryPolicy(max_attempts=config.max_attempts),
+                checksum=config.checksum,
+            )
+    return channels[key]
 
 
 def _aws_environment() -> Hashable:

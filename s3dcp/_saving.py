@@ -9,6 +9,7 @@ budget, and the thread waits for parts to be sent before it copies more.
 from __future__ import annotations
 
 import io
+import logging
 import queue
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
@@ -21,7 +22,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from s3dcp._checksums import combine
 from s3dcp._collector import CollectorPause
 from s3dcp._config import MiB, S3ClientConfig
-from s3dcp._errors import IncompleteSaveError
+from s3dcp._errors import IncompleteSaveError, S3Exception
 from s3dcp._flow import Channel
 from s3dcp._framing import Frame, encode, frame_for, frame_of, memory_of, storage_alignment
 from s3dcp._keys import S3Uri
@@ -32,6 +33,8 @@ from s3dcp._ranges import Fragment, PartCutter, block_bytes, cut, upload_part_by
 from s3dcp._staging import Buffer, BufferPool, bytes_of, is_host, wait_for_copies
 from s3dcp._torch_internals import _item_size, _StorageInfo, _StorageWriterTransforms
 from s3dcp._uploads import Upload
+
+_log = logging.getLogger("s3dcp.saves")
 
 # Copying less than this is quicker than a view, a checksum and a write for each of its pieces.
 _COPIED_BYTES = 256 << 10
@@ -342,7 +345,10 @@ class SavedItems:
 
     def _abandon(self) -> None:
         self._portal.cancel(list(self._sending))
-        self._portal.call(self._drop)
+        try:
+            self._portal.call(self._drop)
+        except S3Exception:  # the error that led here is the one to be seen
+            _log.warning("could not tidy up after a failed save", exc_info=True)
 
     async def _drop(self) -> None:
         for file in self._files:

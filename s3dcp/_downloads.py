@@ -50,6 +50,10 @@ class Downloads:
         size_bytes = scatter.size_bytes
 
         async def attempt() -> None:
+            nonlocal scatter
+            if not scatter.remaining:
+                # All bytes came, and then more: none of them can be trusted.
+                scatter = Scatter(into)
             info = await self._channel.store.get_range(
                 uri, start + scatter.received, scatter, if_match=self._etags.get(uri)
             )

@@ -121,7 +121,8 @@ def map_error(exc: Exception, operation: str, uri: S3Uri) -> S3Exception:
 
 
 def _kind_of(exc: Exception) -> tuple[type[S3Exception], str]:
-    if type(exc) is boto.HTTPClientError and isinstance(exc.kwargs.get("error"), _FILE_ERRORS):
+    cause = getattr(exc, "kwargs", {}).get("error")
+    if type(exc) is boto.HTTPClientError and isinstance(cause, _FILE_ERRORS):
         return errors.S3ConfigError, "check the file that ca_bundle or AWS_CA_BUNDLE names"
     for types, kind, hint in _LIBRARY_ERRORS:
         if isinstance(exc, types):

@@ -21,7 +21,7 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Awaitable, Callable, Hashable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, ParamSpec, TypeVar
 
@@ -102,8 +102,6 @@ class Portal:
     def __init__(
         self, loop_factory: Callable[[], asyncio.AbstractEventLoop] = _new_event_loop
     ) -> None:
-        #: What lives on this loop and is shared by those who use it, by a key of their own.
-        self.shared: dict[Hashable, Any] = {}
         self._tasks: dict[Future[Any], asyncio.Task[Any]] = {}
         # Held to hand the loop a callback, and to close: none is queued behind the loop's end. A
         # finalizer may come in between on the same thread.

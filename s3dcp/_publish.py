@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sequence
 from functools import partial
 
 from s3dcp._commit import Attempts, Found, Step, after_failure, next_step
@@ -53,7 +54,9 @@ async def read(channel: Channel, uri: S3Uri) -> Found | None:
     return Found(body, info.etag)
 
 
-async def publish(channel: Channel, uri: S3Uri, body: bytes, *, overwrite: bool) -> Found | None:
+async def publish(
+    channel: Channel, uri: S3Uri, body: bytes, *, overwrite: bool, objects: Sequence[S3Uri] = ()
+) -> Found | None:
     """Put `body` at `uri` as the whole commit, and return what it replaced.
 
     Args:
@@ -61,6 +64,7 @@ async def publish(channel: Channel, uri: S3Uri, body: bytes, *, overwrite: bool)
         uri: The key of `.metadata`.
         body: Its bytes, unlike any other save's.
         overwrite: Whether a checkpoint that is there may be replaced.
+        objects: What only `body` refers to: deleted if it is certain not to be published.
 
     Raises:
         CheckpointExistsError: one is there, and `overwrite` is false.
@@ -77,6 +81,7 @@ async def publish(channel: Channel, uri: S3Uri, body: bytes, *, overwrite: bool)
         found = await read(channel, uri)
         step, condition = next_step(attempts, found)
         if step is Step.EXISTS:
+            await delete_quietly(channel, objects)
             raise _exists(uri)
         if step is Step.CONFLICT:
             raise CommitConflictError(
@@ -94,6 +99,8 @@ async def publish(channel: Channel, uri: S3Uri, body: bytes, *, overwrite: bool)
             known = after_failure(attempts, exc, found, conditioned=condition is not None)
             failures += 1
             if known is None or failures >= channel.retry.max_attempts:
+                if known is None and not attempts.unknown:
+                    await delete_quietly(channel, objects)
                 raise
             _log.info("commit of %s: %s; reading back", uri, exc)
             attempts, replaced = known, found
@@ -106,7 +113,7 @@ async def publish(channel: Channel, uri: S3Uri, body: bytes, *, overwrite: bool)
     return replaced
 
 
-async def delete_quietly(channel: Channel, uris: list[S3Uri]) -> None:
+async def delete_quietly(channel: Channel, uris: Sequence[S3Uri]) -> None:
     """Delete objects that nothing refers to; one that stays is logged, never an error."""
 
     async def delete(uri: S3Uri) -> None:

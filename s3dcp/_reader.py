@@ -141,15 +141,13 @@ class S3StorageReader(FileSystemReader):
             self._reader_constructor.set_item_ranges_by_file(
                 plan.items, self.storage_data, self.path
             )
-        # Without collectives every rank has read a `.metadata` of its own.
-        together = self.use_collectives and plan.storage_data is None
-        if together and self._found is not None and self._metadata is not None:
+        if self._found is not None and self._metadata is not None and plan.storage_data is None:
             meta = self._metadata.storage_meta
-            # Without collectives every rank has a metadata of its own, which is to differ.
-            identity = (self._found.etag, meta.save_id if meta else None)
-            plan.storage_data = LoadIdentity(
-                str(self.path), *(identity if self.use_collectives else (None, None))
-            )
+            # Without collectives every rank has read a `.metadata` of its own; that it has, when
+            # another has not, is a difference too.
+            own = not self.use_collectives
+            identity = (None, None) if own else (self._found.etag, meta.save_id if meta else None)
+            plan.storage_data = LoadIdentity(str(self.path), *identity)
         return plan
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import os
 import uuid
+from collections.abc import Iterable
 from typing import Any
 
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
@@ -188,6 +189,7 @@ class S3StorageWriter(FileSystemWriter):
             uri,
             dump_metadata(metadata),
             overwrite=self.overwrite,
+            objects=self._uris({info.relative_path for info in metadata.storage_data.values()}),
         )
         if replaced is not None:
             self._delete_replaced(replaced.body, metadata, uri)
@@ -210,18 +212,22 @@ class S3StorageWriter(FileSystemWriter):
         return _split_by_size_and_type(self.thread_count, items)
 
     def _delete_replaced(self, body: bytes | bytearray, metadata: Metadata, uri: S3Uri) -> None:
-        base = parse_s3_uri(self.path)
         try:
             old = load_metadata(body, source=str(uri))
             names = deletions(
                 (info.relative_path for info in old.storage_data.values()),
                 (info.relative_path for info in metadata.storage_data.values()),
             )
-            keys = [child_key(base.key, name, source=str(uri)) for name in names]
+            uris = self._uris(names)
         except (CorruptMetadataError, InvalidS3UriError) as exc:
             _log.warning("objects of the checkpoint that was replaced are left in place: %s", exc)
             return
-        self.fs.client.call(delete_quietly, [S3Uri(base.bucket, key) for key in keys])
+        self.fs.client.call(delete_quietly, uris)
+
+    def _uris(self, names: Iterable[str]) -> list[S3Uri]:
+        base = parse_s3_uri(self.path)
+        source = str(self._metadata_uri())
+        return [S3Uri(base.bucket, child_key(base.key, name, source=source)) for name in names]
 
 
 def _check_complete(metadata: Metadata) -> None:

@@ -218,6 +218,28 @@ def test_a_body_is_resumed_from_the_bytes_held() -> None:
     assert asked == [(0, 1, None), (10, 30, '"1"'), (17, 23, '"1"')]
 
 
+def test_a_body_that_was_too_long_is_read_again_from_the_start() -> None:
+    store = MemoryStore()
+    store.write(URI, DATA)
+    whole = store.get_range
+    asked: list[int] = []
+
+    async def too_long(
+        uri: S3Uri, start: int, into: Scatter, *, if_match: str | None = None
+    ) -> Any:
+        asked.append(into.remaining)
+        if len(asked) == 1:
+            into.write(bytes(into.remaining))
+            raise S3ProtocolError("longer than its Content-Length")
+        return await whole(uri, start, into, if_match=if_match)
+
+    store.get_range = too_long  # type: ignore[method-assign]
+    place = memoryview(bytearray(30))
+    run(Downloads(channel_of(store)).fetch(URI, 10, [place]))
+    assert place == DATA[10:40]
+    assert asked == [30, 30]
+
+
 def test_an_object_that_changes_is_not_mixed() -> None:
     store = MemoryStore()
     store.write(URI, DATA)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
 import mmap
+import weakref
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 from s3dcp.testing._http import MalformedRequestError
 from s3dcp.testing._requests import S3Error
 
 _HUGE_BYTES = 2 << 20
+_MAX_IDLE_BYTES = 512 << 20
 
 
 class Source(Protocol):
@@ -46,17 +50,39 @@ class Body:
     chunks: tuple[SignedChunk, ...] = ()
 
 
-def allocate(size_bytes: int) -> memoryview:
-    """Return memory that the kernel can fill quickly.
+class Memory:
+    """Memory that the kernel can fill quickly.
 
-    A `bytearray` is zeroed first, and a large one touches a new page every 4 KiB: over ten times
-    what it costs to receive into huge pages.
+    What is large is made of huge pages, as the first touch of each small one costs more than the
+    bytes received into it; and is used again once no view into it is left.
     """
-    if size_bytes < _HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return memoryview(bytearray(size_bytes))
-    memory = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return memoryview(memory)
+
+    def __init__(self) -> None:
+        self._idle: dict[int, list[mmap.mmap]] = defaultdict(list)
+
+    def take(self, size_bytes: int) -> memoryview:
+        """Return memory of that size, with anything in it."""
+        if size_bytes < _HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return memoryview(bytearray(size_bytes))
+        whole = -(-size_bytes // _HUGE_BYTES) * _HUGE_BYTES
+        try:
+            memory = self._idle[whole].pop()
+        except IndexError:
+            memory = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        # All views, slices of slices too, hold on to this array, and nothing else does.
+        lent = (ctypes.c_ubyte * size_bytes).from_buffer(memory)
+        weakref.finalize(lent, self._give_back, memory).atexit = False
+        return memoryview(lent).cast("B")
+
+    def _give_back(self, memory: mmap.mmap) -> None:
+        # Called on whichever thread lets go of the last view.
+        idle_bytes = sum(size * len(idle) for size, idle in list(self._idle.items()))
+        if idle_bytes + len(memory) <= _MAX_IDLE_BYTES:
+            self._idle[len(memory)].append(memory)
+
+
+_memory = Memory()
 
 
 class Chunks:
@@ -113,13 +139,7 @@ class Chunks:
         return not self._ended
 
 
-async def read_plain(source: Source, size_bytes: int, target: memoryview) -> Body:
-    """Read a body of a declared length."""
-    await source.read_into(target[:size_bytes])
-    return Body(target[:size_bytes])
-
-
-async def read_aws_chunks(source: Source, target: memoryview) -> Body:
+async def _read_aws_chunks(source: Source, target: memoryview) -> Body:
     """Read an aws-chunked body that says it fills `target`, and its trailing headers."""
     chunks: list[SignedChunk] = []
     at = 0
@@ -152,7 +172,7 @@ def _chunk_size(text: bytes) -> int:
     return int(digits, 16)
 
 
-def parse_xml(body: Body) -> ElementTree.Element:
+def parse_xml(body: Body) -> ET.Element:
     """Return the document that a body is.
 
     Raises:
@@ -160,6 +180,69 @@ def parse_xml(body: Body) -> ElementTree.Element:
     """
     try:
         # Those who send it are under test, and expat bounds what entities expand to.
-        return ElementTree.fromstring(bytes(body.view))  # noqa: S314
-    except ElementTree.ParseError as error:
-        raise S3Error("MalformedXML", f"The XML you provided was not well-formed: {error}") from None
+        return ET.fromstring(bytes(body.view))  # noqa: S314
+    except ET.ParseError as error:
+        raise S3Error(
+            "MalformedXML", f"The XML you provided was not well-formed: {error}"
+        ) from None
+
+
+class _Sized:
+    """The bytes that Content-Length counts, of a body that has a framing of its own inside."""
+
+    def __init__(self, outer: Source, size_bytes: int) -> None:
+        self._outer = outer
+        self._left = size_bytes
+
+    async def read_into(self, view: memoryview) -> None:
+        self._spend(len(view))
+        await self._outer.read_into(view)
+
+    async def read_line(self) -> bytes:
+        line = await self._outer.read_line()
+        self._spend(len(line) + 2)
+        return line
+
+    async def finish(self) -> None:
+        if self._left:
+            raise MalformedRequestError(f"the body ends {self._left} bytes before Content-Length")
+
+    def _spend(self, nbytes: int) -> None:
+        self._left -= nbytes
+        if self._left < 0:
+            raise MalformedRequestError("the body goes on after Content-Length")
+
+
+async def read_body(source: Source, headers: Mapping[str, str]) -> Body:
+    """Read a request's body, however it is framed.
+
+    Raises:
+        MalformedRequestError: Its framing is not what the headers say.
+    """
+    size = _declared_size(headers, "content-length")
+    chunked = headers.get("transfer-encoding", "").lower() == "chunked"
+    if not _is_aws_chunked(headers):
+        if chunked:
+            return Body(await Chunks(source).read_all())
+        target = _memory.take(size)
+        await source.read_into(target)
+        return Body(target)
+    inner = Chunks(source) if chunked else _Sized(source, size)
+    decoded = _declared_size(headers, "x-amz-decoded-content-length")
+    body = await _read_aws_chunks(inner, _memory.take(decoded))
+    await inner.finish()
+    return body
+
+
+def _is_aws_chunked(headers: Mapping[str, str]) -> bool:
+    return (
+        headers.get("x-amz-content-sha256", "").startswith("STREAMING-")
+        or "aws-chunked" in headers.get("content-encoding", "").lower()
+    )
+
+
+def _declared_size(headers: Mapping[str, str], name: str) -> int:
+    text = headers.get(name, "0")
+    if not text.isdecimal():
+        raise MalformedRequestError(f"{text[:20]!r} is no {name}")
+    return int(text)

@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import socket
 import struct
+import sys
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 MAX_HEAD_BYTES = 64 << 10
 _STEP_BYTES = 2 << 20
@@ -82,14 +83,17 @@ class _Pace:
     def limited(self) -> bool:
         return self._bytes_per_s is not None
 
+    def begin(self) -> None:
+        """Forget what an idle link did not use; within a body, late timers are caught up with."""
+        self._free_at_s = max(self._free_at_s, asyncio.get_running_loop().time())
+
     async def spend(self, nbytes: int) -> None:
         if self._bytes_per_s is None:
             return
-        now_s = asyncio.get_running_loop().time()
-        # What a late timer lost is caught up with, what an idle connection did not use is not.
-        self._free_at_s = max(self._free_at_s, now_s - _PACE_S) + nbytes / self._bytes_per_s
-        if self._free_at_s > now_s:
-            await asyncio.sleep(self._free_at_s - now_s)
+        self._free_at_s += nbytes / self._bytes_per_s
+        wait_s = self._free_at_s - asyncio.get_running_loop().time()
+        if wait_s > 0:
+            await asyncio.sleep(wait_s)
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -100,7 +104,7 @@ class Connection(asyncio.BufferedProtocol):
         bytes_per_s: The link's speed, each way; None for no limit.
 
     Attributes:
-        received: Bytes that came, heads and framing included.
+        unsent: How many bytes of the latest `write` the transport was not given.
     """
 
     transport: asyncio.Transport
@@ -120,13 +124,12 @@ class Connection(asyncio.BufferedProtocol):
         self._writable: asyncio.Future[None] | None = None
         self._held_back = False
         self._gone = asyncio.Event()
-        self.received = 0
+        self.unsent = 0
 
     # What the event loop calls.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast("asyncio.Transport", transport)  # which uvloop's do not derive from
         self.task = asyncio.get_running_loop().create_task(self._serve(self))
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the peer's affair
@@ -137,7 +140,6 @@ class Connection(asyncio.BufferedProtocol):
         return self._held[self._end :] if self._target is None else self._target
 
     def buffer_updated(self, nbytes: int) -> None:
-        self.received += nbytes
         if self._target is None:
             self._end += nbytes
             if self._end == len(self._held):
@@ -192,6 +194,7 @@ class Connection(asyncio.BufferedProtocol):
 
     async def read_into(self, view: memoryview) -> None:
         """Fill `view` with the bytes that come next."""
+        self._into.begin()
         while len(view):
             step = view[: self._into.step_bytes] if self._into.limited else view
             await self._fill(step)
@@ -200,8 +203,7 @@ class Connection(asyncio.BufferedProtocol):
 
     async def _fill(self, view: memoryview) -> None:
         held = min(len(view), self._end - self._start)
-        view[:held] = self._held[self._start : self._start + held]
-        self._start += held
+        view[:held] = self._consume(held)
         if held == len(view):
             return
         self._target = view[held:]
@@ -216,9 +218,16 @@ class Connection(asyncio.BufferedProtocol):
         return found - self._start if found >= 0 else -1
 
     def _take(self, size: int, end_bytes: int) -> bytes:
-        taken = bytes(self._held[self._start : self._start + size])
-        self._start += size + end_bytes
+        taken = bytes(self._consume(size))
+        self._consume(end_bytes)
         return taken
+
+    def _consume(self, size: int) -> memoryview:
+        consumed = self._held[self._start : self._start + size]
+        self._start += size
+        if self._start == self._end:
+            self._start = self._end = 0
+        return consumed
 
     async def _more(self) -> None:
         size = self._end - self._start
@@ -249,16 +258,28 @@ class Connection(asyncio.BufferedProtocol):
 
     async def write(self, views: Iterable[memoryview | bytes]) -> None:
         """Send bytes, and wait until there is room for more."""
-        step_bytes = self._out.step_bytes
+        views = list(views)
+        self._out.begin()
+        step_bytes, self.unsent = self._out.step_bytes, sum(map(len, views))
         for view in views:
             for start in range(0, len(view), step_bytes):
                 if self.transport.is_closing():
                     raise GoneError("the connection is closed")
                 step = view[start : start + step_bytes] if len(view) > step_bytes else view
                 self.transport.write(step)
+                self.unsent -= len(step)
                 if self._writable is not None:
                     await self._writable
                 await self._out.spend(len(step))
+
+    async def flush(self) -> None:
+        """Wait until the peer's kernel has all that was written, as far as can be told."""
+        own = self.transport.get_extra_info("socket")
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER_S):
+                # The kernel tells no one, so it is asked.
+                while self.transport.get_write_buffer_size() or _unacknowledged(own.fileno()):  # noqa: ASYNC110
+                    await asyncio.sleep(0.001)
 
     async def until(self, event: asyncio.Event) -> None:
         """Wait for `event`.
@@ -276,6 +297,13 @@ class Connection(asyncio.BufferedProtocol):
             raise GoneError("the client closed its side")
 
     # Ending.
+
+    async def abort(self) -> None:
+        """End at once, and wait for what serves it; nothing before it was made."""
+        if (transport := getattr(self, "transport", None)) is not None:
+            transport.abort()
+            self.task.cancel()
+            await asyncio.wait([self.task])
 
     def close(self) -> None:
         """Close once all is sent."""
@@ -298,3 +326,16 @@ class Connection(asyncio.BufferedProtocol):
                 while True:
                     await self._fill(scratch)
         self.close()
+
+
+def _unacknowledged(descriptor: int) -> int:
+    """How many bytes of a socket's the peer has not acknowledged; 0 where that is not known."""
+    try:
+        import fcntl
+        import termios
+    except ImportError:
+        return 0
+    count = bytearray(4)
+    with suppress(OSError):
+        fcntl.ioctl(descriptor, termios.TIOCOUTQ, count)
+    return int.from_bytes(count, sys.byteorder)

@@ -64,7 +64,11 @@ def _asked(query: Mapping[str, str], encoding: str | None) -> list[str]:
     """What of the query a listing repeats."""
     return [
         tag("Prefix", encoded_key(query.get("prefix", ""), encoding)),
-        *([tag("Delimiter", encoded_key(query["delimiter"], encoding))] if "delimiter" in query else []),
+        *(
+            [tag("Delimiter", encoded_key(query["delimiter"], encoding))]
+            if "delimiter" in query
+            else []
+        ),
         *([tag("EncodingType", encoding)] if encoding else []),
     ]
 
@@ -110,7 +114,11 @@ def objects(name: str, bucket: Bucket, query: Mapping[str, str], most: int) -> R
         tag("MaxKeys", size),
         tag("KeyCount", len(page.names) + len(page.prefixes)),
         *([tag("ContinuationToken", token)] if token is not None else []),
-        *([tag("StartAfter", encoded_key(query["start-after"], encoding))] if "start-after" in query else []),
+        *(
+            [tag("StartAfter", encoded_key(query["start-after"], encoding))]
+            if "start-after" in query
+            else []
+        ),
         _flag("IsTruncated", page.last),
         *([tag("NextContinuationToken", _token(page.last))] if page.last else []),
         *(_contents(bucket, key, encoding) for key in page.names),

@@ -15,6 +15,11 @@ from s3dcp.testing._sums import Sum
 _RANGE = re.compile(r"bytes=(?:(?P<first>\d+)-(?P<last>\d*)|-(?P<suffix>\d+))")
 
 
+def now() -> datetime:
+    """Return the time, as exactly as S3 keeps it."""
+    return datetime.now(UTC).replace(microsecond=0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What S3 allows; smaller, for tests that reach the limits with less.
@@ -46,7 +51,7 @@ class StoredObject:
     headers: Mapping[str, str]
     sum: Sum | None = None
     part_bytes: tuple[int, ...] = ()
-    modified: datetime = field(default_factory=lambda: now())
+    modified: datetime = field(default_factory=now)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +61,7 @@ class StoredPart:
     blob: Blob
     etag: str
     sum: Sum | None
-    modified: datetime = field(default_factory=lambda: now())
+    modified: datetime = field(default_factory=now)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -74,21 +79,16 @@ class Upload:
     algorithm: str | None
     kind: str
     parts: dict[int, StoredPart] = field(default_factory=dict)
-    initiated: datetime = field(default_factory=lambda: now())
+    initiated: datetime = field(default_factory=now)
 
 
 @dataclass(slots=True)
 class Bucket:
     """Objects and uploads by key and by id."""
 
-    created: datetime = field(default_factory=lambda: now())
+    created: datetime = field(default_factory=now)
     objects: dict[str, StoredObject] = field(default_factory=dict)
     uploads: dict[str, Upload] = field(default_factory=dict)
-
-
-def now() -> datetime:
-    """Return the time, as exactly as S3 keeps it."""
-    return datetime.now(UTC).replace(microsecond=0)
 
 
 def _names(condition: str, etag: str) -> bool:
@@ -106,7 +106,9 @@ def check_read(found: StoredObject, headers: Mapping[str, str], prefix: str = ""
     Raises:
         S3Error: Not modified, or a precondition failed; both are failures to a copy.
     """
-    unchanged = S3Error("PreconditionFailed" if prefix else "NotModified", headers={"ETag": found.etag})
+    unchanged = S3Error(
+        "PreconditionFailed" if prefix else "NotModified", headers={"ETag": found.etag}
+    )
     if (wanted := headers.get(f"{prefix}if-match")) is not None:
         if not _names(wanted, found.etag):
             raise _failed("If-Match")

@@ -116,7 +116,7 @@ class S3:
             "GetBucketLocation": self._location,
             "ListBuckets": self._list_buckets,
             "ListObjectsV2": self._list,
-            "ListMultipartUploads": uploads.list,
+            "ListMultipartUploads": uploads.list_all,
             "ListParts": uploads.list_parts,
             "CreateMultipartUpload": uploads.create,
             "UploadPart": uploads.put_part,
@@ -280,7 +280,7 @@ class S3:
     # Buckets.
 
     def _create_bucket(self, request: Request, _: Body) -> Response:
-        if not _BUCKET_NAME.fullmatch(request.bucket):
+        if not valid_bucket(request.bucket):
             raise S3Error("InvalidBucketName", "The specified bucket is not valid.")
         if request.bucket in self.buckets:
             raise S3Error("BucketAlreadyOwnedByYou", "You already own it.")
@@ -309,15 +309,20 @@ class S3:
 
     def _list(self, request: Request, _: Body) -> Response:
         found = self.bucket(request.bucket)
-        return listings.objects(
-            request.bucket, found, request.query, self.options.limits.max_keys
-        )
+        return listings.objects(request.bucket, found, request.query, self.options.limits.max_keys)
+
+
+def valid_bucket(name: str) -> bool:
+    """Return whether S3 allows a bucket to be called so."""
+    return bool(_BUCKET_NAME.fullmatch(name)) and ".." not in name
 
 
 def _part_span(found: StoredObject, number: str) -> tuple[int, int] | None:
     sizes = found.part_bytes or (found.blob.size,)
     if not number.isdecimal() or not 1 <= int(number) <= len(sizes):
-        raise S3Error("InvalidPartNumber", "The requested partnumber is not satisfiable", status=416)
+        raise S3Error(
+            "InvalidPartNumber", "The requested partnumber is not satisfiable", status=416
+        )
     start = sum(sizes[: int(number) - 1])
     return (start, start + sizes[int(number) - 1]) if found.blob.size else None
 

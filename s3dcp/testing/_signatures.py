@@ -70,7 +70,8 @@ class Verifier:
             raise S3Error("AccessDenied", "Access Denied: the request is not signed.")
         if (found := _SHAPE.fullmatch(given)) is None:
             raise S3Error(
-                "AuthorizationHeaderMalformed", "The authorization header that you provided is not valid."
+                "AuthorizationHeaderMalformed",
+                "The authorization header that you provided is not valid.",
             )
         if found["key"] != self.access_key:
             raise S3Error(
@@ -176,7 +177,9 @@ def _verify_time(text: str, day: str) -> None:
 
 
 def _verify_names(names: list[str], headers: Mapping[str, str]) -> None:
-    must = {name for name in headers if name.startswith("x-amz-") or name in {"host", "content-md5"}}
+    must = {
+        name for name in headers if name.startswith("x-amz-") or name in {"host", "content-md5"}
+    }
     if unsigned := sorted(must - set(names)):
         raise S3Error(
             "AccessDenied",
@@ -184,15 +187,15 @@ def _verify_names(names: list[str], headers: Mapping[str, str]) -> None:
             HeadersNotSigned=", ".join(unsigned),
         )
     if names != sorted(names) or not set(names) <= set(headers):
-        raise S3Error("SignatureDoesNotMatch", "SignedHeaders is unsorted, or names what is not there.")
+        raise S3Error(
+            "SignatureDoesNotMatch", "SignedHeaders is unsorted, or names what is not there."
+        )
 
 
 def _canonical(request: Request, names: list[str], payload: str) -> str:
     pairs = sorted(
         (_encoded(unquote_plus(name)), _encoded(unquote_plus(value)))
-        for name, _, value in (
-            pair.partition("=") for pair in request.raw_query.split("&") if pair
-        )
+        for name, _, value in (pair.partition("=") for pair in request.raw_query.split("&") if pair)
     )
     return "\n".join(
         (

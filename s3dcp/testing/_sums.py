@@ -164,6 +164,4 @@ def _verify_md5(body: Blob, value: str | None) -> None:
     if len(wanted) != 16:
         raise S3Error("InvalidDigest", "The Content-MD5 you specified was invalid.")
     if digest(hashlib.md5, body) != wanted:
-        raise S3Error(
-            "BadDigest", "The Content-MD5 you specified did not match what we received."
-        )
+        raise S3Error("BadDigest", "The Content-MD5 you specified did not match what we received.")

@@ -28,7 +28,7 @@ class Uploads:
 
     s3: S3
 
-    def list(self, request: Request, _: Body) -> Response:
+    def list_all(self, request: Request, _: Body) -> Response:
         """ListMultipartUploads."""
         bucket = self.s3.bucket(request.bucket)
         return listings.uploads(
@@ -79,7 +79,8 @@ class Uploads:
         if upload.algorithm and not found:
             if self.s3.options.strict:
                 raise S3Error(
-                    "InvalidRequest", f"The upload is one with {upload.algorithm}, the part has none."
+                    "InvalidRequest",
+                    f"The upload is one with {upload.algorithm}, the part has none.",
                 )
             found = sums.compute(upload.algorithm, Blob.of(body.view))
         part = StoredPart(blob=blob, etag=self.s3.etag(blob), sum=found)
@@ -196,7 +197,11 @@ class Uploads:
                 raise S3Error("InvalidPartOrder", "The list of parts was not in ascending order.")
             part = upload.parts.get(number)
             etag = element.findtext("{*}ETag", "").strip().strip('"')
-            if part is None or etag != part.etag.strip('"') or not self._fits(element, upload, part):
+            if (
+                part is None
+                or etag != part.etag.strip('"')
+                or not self._fits(element, upload, part)
+            ):
                 raise S3Error(
                     "InvalidPart",
                     "One or more of the specified parts could not be found. The part may not have "
@@ -223,9 +228,7 @@ class Uploads:
         return not said or (part.sum is not None and said == {part.sum.element: part.sum.text})
 
     @staticmethod
-    def _whole_sum(
-        upload: Upload, parts: list[StoredPart], request: Request
-    ) -> sums.Sum | None:
+    def _whole_sum(upload: Upload, parts: list[StoredPart], request: Request) -> sums.Sum | None:
         """The object's checksum, equal to the one that the request tells, if it does."""
         told = sums.declared(request.headers)
         algorithm = upload.algorithm or (told[0] if told else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from s3dcp._torch_internals import neg_view
 
@@ -39,15 +42,20 @@ _BLANK_BYTE = 0xA5
 
 def fill(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     """Return a contiguous tensor of random bytes, NaNs among them."""
-    generator = torch.Generator().manual_seed(seed * 7919 + math.prod(shape))
     count = math.prod(shape)
+    generator = torch.Generator().manual_seed(seed * 7919 + count)
     if dtype is torch.bool:
         return torch.randint(0, 2, shape, generator=generator).bool()
-    raw = torch.randint(0, 256, (count * dtype.itemsize,), dtype=torch.uint8, generator=generator)
-    return (raw.view(dtype) if count else torch.empty(0, dtype=dtype)).view(shape)
+    if not count:
+        return torch.empty(shape, dtype=dtype)
+    size = count * dtype.itemsize
+    words = torch.randint(-(1 << 63), (1 << 63) - 1, (-(-size // 8),), generator=generator)
+    return words.view(torch.uint8)[:size].clone().view(dtype).view(shape)
 
 
-def finite(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+def finite(
+    shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0
+) -> torch.Tensor:
     """Return a contiguous tensor of random bytes without NaNs, whose bits arithmetic may change."""
     return fill(shape, dtype, seed).nan_to_num(1.0, 2.0, -2.0)
 
@@ -61,6 +69,12 @@ def blank_like(tensor: torch.Tensor) -> torch.Tensor:
     return target
 
 
+def blank_turned(tensor: torch.Tensor) -> torch.Tensor:
+    """Return such a tensor whose memory is in the opposite order of its dimensions."""
+    backwards = tuple(reversed(range(tensor.ndim)))
+    return torch.permute(blank_like(torch.permute(tensor, backwards)), backwards)
+
+
 def blank(value: Any) -> Any:
     """Return what to load a state dict into: of its structure, and with none of its values."""
     if isinstance(value, torch.Tensor):
@@ -72,10 +86,14 @@ def blank(value: Any) -> Any:
     return "to be replaced"
 
 
-def bits(tensor: torch.Tensor) -> bytes:
-    """Return a dense tensor's values, in the order of its indices."""
-    plain = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    return plain.view(-1).view(torch.uint8).numpy().tobytes() if plain.numel() else b""
+def same_bits(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Compare two dense tensors of one dtype, NaNs included."""
+    return left.shape == right.shape and torch.equal(_bits(left), _bits(right))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    plain = tensor.detach().as_subclass(torch.Tensor).resolve_conj().resolve_neg().contiguous()
+    return plain.view(-1).view(torch.uint8)
 
 
 def assert_same(found: Any, expected: Any, name: str = "state") -> None:
@@ -115,7 +133,7 @@ def _assert_same_tensors(found: torch.Tensor, expected: torch.Tensor, name: str)
         assert torch.equal(found.col_indices(), expected.col_indices()), name
         assert torch.equal(found.values(), expected.values()), name
     else:
-        assert bits(found) == bits(expected), name
+        assert same_bits(found, expected), name
 
 
 def dtypes(shape: tuple[int, ...]) -> StateDict:
@@ -200,3 +218,39 @@ def objects() -> StateDict:
         # Larger than one part: 9 MiB that do not compress.
         "large": fill((9 * MiB,), torch.uint8, 22).numpy().tobytes(),
     }
+
+
+class CutPlanner(DefaultLoadPlanner):
+    """Loads a box of every tensor, as a rank does whose shard is cut otherwise than it was saved.
+
+    Args:
+        rows: First and last of the first dimension, as parts of it.
+        columns: The same of the second.
+    """
+
+    def __init__(
+        self, rows: tuple[float, float], columns: tuple[float, float] = (0.0, 1.0)
+    ) -> None:
+        super().__init__()
+        self._parts = (rows, columns)
+
+    def box(self, tensor: torch.Tensor) -> tuple[slice, ...]:
+        """Return the box that is loaded of such a tensor."""
+        return tuple(
+            slice(int(first * size), int(last * size))
+            for (first, last), size in zip(self._parts, tensor.shape, strict=False)
+        )
+
+    def create_local_plan(self) -> LoadPlan:
+        """Cut every item down to the box."""
+        plan = super().create_local_plan()
+        return dataclasses.replace(plan, items=[self._cut(item) for item in plan.items])
+
+    def _cut(self, item: ReadItem) -> ReadItem:
+        box = self.box(self.state_dict[item.dest_index.fqn])
+        rest = tuple(item.lengths)[len(box) :]
+        offsets = torch.Size([*(part.start for part in box), *(0 for _ in rest)])
+        lengths = torch.Size([*(part.stop - part.start for part in box), *rest])
+        return dataclasses.replace(
+            item, storage_offsets=offsets, dest_offsets=offsets, lengths=lengths
+        )

@@ -222,7 +222,7 @@ class S3Store:
             async with asyncio.TaskGroup() as group:
                 tasks = [
                     group.create_task(
-                        self._copy_part(copied_from, target, upload_id, n, start=a, end=b)
+                        self._copy_part(copied_from, info, target, upload_id, n, start=a, end=b)
                     )
                     for n, (a, b) in enumerate(ranges, 1)
                 ]
@@ -233,12 +233,14 @@ class S3Store:
             with contextlib.suppress(S3Exception):
                 await self.abort_upload(target, upload_id)
             if isinstance(exc, BaseExceptionGroup):
-                raise exc.exceptions[0] from exc
+                error = exc.exceptions[0]
+                raise error from error.__cause__
             raise
 
     async def _copy_part(
         self,
         copied_from: dict[str, str],
+        info: ObjectInfo,
         target: S3Uri,
         upload_id: str,
         number: int,
@@ -254,6 +256,7 @@ class S3Store:
                 PartNumber=number,
                 CopySource=copied_from,
                 CopySourceRange=f"bytes={start}-{end - 1}",
+                **_given(CopySourceIfMatch=info.etag),
                 **self._read_args(),
             )
             return Part(number=number, etag=answer["CopyPartResult"]["ETag"], checksum=None)

@@ -14,20 +14,30 @@ from typing import Self, TypeVar
 T = TypeVar("T")
 
 
+# One entry for every pause in force. Appending and popping are atomic, so threads need no lock: the
+# last one out enables the collector, and no order of events leaves it off.
+_in_force: list[None] = []
+
+
 class CollectorPause:
-    """A context in which the collector does not run by itself."""
+    """A context in which the collector does not run by itself. Does nothing where it is off."""
 
     def __init__(self) -> None:
-        self._was_enabled = False
+        self._counted = False
 
     def __enter__(self) -> Self:
-        self._was_enabled = gc.isenabled()
-        gc.disable()
+        if _in_force or gc.isenabled():
+            self._counted = True
+            _in_force.append(None)
+            gc.disable()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._was_enabled:
-            gc.enable()
+        if self._counted:
+            self._counted = False
+            _in_force.pop()
+            if not _in_force:
+                gc.enable()
 
     def next_of(self, source: queue.SimpleQueue[T]) -> T:
         """Return a queue's next element; while there is none, the pause is lifted."""

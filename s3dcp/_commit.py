@@ -10,7 +10,8 @@ whole from it on.
 | 412: the key is not as it was read      | read again; the last writer wins if it may       |
 | 409: another conditional PUT in flight  | wait, read again                                 |
 | 400 or 501 for the condition itself     | the store has no conditional writes: go without  |
-| no answer, or a 5xx: outcome unknown    | read back                                        |
+| no answer, a 5xx, or one that cannot    |                                                  |
+| be read: outcome unknown                | read back                                        |
 | ... and our own bytes are there         | committed                                        |
 | ... and the key is as it was            | try again                                        |
 | ... and another writer's are there      | conflict: ours may have been there, and replaced |
@@ -24,7 +25,9 @@ from enum import Enum, auto
 
 from s3dcp._errors import (
     ConflictError,
+    ObjectNotFoundError,
     PreconditionFailedError,
+    S3CredentialsError,
     S3Exception,
     S3ServiceError,
 )
@@ -94,8 +97,16 @@ def next_step(attempts: Attempts, found: Found | None) -> tuple[Step, Condition 
 def after_failure(
     attempts: Attempts, error: S3Exception, found: Found | None, *, conditioned: bool
 ) -> Attempts | None:
-    """Return what is known after a PUT failed, or None if the error ends the commit."""
-    if isinstance(error, PreconditionFailedError | ConflictError):
+    """Return what is known after a PUT failed, or None if the store refused it for good.
+
+    Args:
+        attempts: What was known before.
+        error: How the PUT failed.
+        found: What had been read before it.
+        conditioned: Whether the PUT had a condition that the store is not known to honour.
+    """
+    # AWS answers If-Match on a key that is gone with 404.
+    if isinstance(error, PreconditionFailedError | ConflictError | ObjectNotFoundError):
         return attempts
     if (
         conditioned
@@ -104,14 +115,29 @@ def after_failure(
         and not error.retryable
     ):
         return replace(attempts, conditional=False)
-    if error.retryable:
-        return replace(attempts, unknown=True, seen=found)
-    return None
+    if _is_refusal(error):
+        return None
+    return replace(attempts, unknown=True, seen=found)
+
+
+def _is_refusal(error: S3Exception) -> bool:
+    """Return whether an error proves that the PUT had no effect.
+
+    Only what the store itself said does: an answer that could not be read may have been a yes.
+    """
+    if isinstance(error, S3ServiceError):
+        said_no = 400 <= (error.status or 0) < 500 or error.status in _REFUSES_CONDITIONS
+        return said_no and not error.retryable
+    return isinstance(error, S3CredentialsError)
 
 
 def deletions(replaced: Iterable[str], published: Iterable[str]) -> list[str]:
-    """Return the names that only the replaced checkpoint used."""
-    return sorted(set(replaced) - set(published))
+    """Return the names that only the replaced checkpoint used.
+
+    Never those of commits: metadata that names one, its own or a nested checkpoint's, is forged.
+    """
+    names = set(replaced) - set(published)
+    return sorted(name for name in names if not name.endswith(METADATA_NAME))
 
 
 def _condition(found: Found | None) -> Condition | None:

@@ -30,6 +30,13 @@ class Downloads:
         self._channel = channel
         self._etags: dict[S3Uri, str] = {}
 
+    async def head(self, uri: S3Uri) -> ObjectInfo:
+        """Return what the store says of an object, whose reads are pinned to it from then on."""
+        head = partial(self._channel.store.head, uri)
+        info = await self._channel.request(f"HeadObject {uri}", head)
+        self._pin(uri, info)
+        return info
+
     async def fetch(self, uri: S3Uri, start: int, into: Views, checked: Views = ()) -> list[int]:
         """Fill `into` with the object's bytes from `start` on.
 

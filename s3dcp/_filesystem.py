@@ -12,10 +12,11 @@ from torch.distributed.checkpoint.filesystem import FileSystemBase
 
 from s3dcp._config import S3ClientConfig
 from s3dcp._constructors import S3ReaderConstructor, S3ReaderConstructorProtocol
+from s3dcp._downloads import Downloads
 from s3dcp._errors import InvalidS3UriError, S3ConfigError
 from s3dcp._keys import S3Uri, join, parse_s3_uri, uri_text
 from s3dcp._publish import exists
-from s3dcp._s3client import S3Client, copy, delete, head, list_all
+from s3dcp._s3client import S3Client, copy, delete, list_all
 from s3dcp._store import ObjectInfo
 from s3dcp._streams import S3Writer
 from s3dcp._transfers import DownloadStream, UploadSink
@@ -76,17 +77,18 @@ class S3FileSystem(FileSystemBase):
 
     def _open_reader(self, uri: S3Uri) -> io.IOBase:
         portal, channel = self.client.connect()
+        downloads = Downloads(channel)  # one for all of a reader's requests: they are of one object
         known: list[ObjectInfo] = []
 
         def info() -> ObjectInfo:
             if not known:
-                known.append(self.client.call(head, uri))
+                known.append(portal.call(downloads.head, uri))
             return known[0]
 
         def get_stream(start: int | None = None, end: int | None = None) -> DownloadStream:
             return DownloadStream(
                 portal,
-                channel,
+                downloads,
                 uri,
                 start,
                 end,

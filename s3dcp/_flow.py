@@ -116,7 +116,8 @@ async def wait_all(calls: Sequence[Callable[[], Awaitable[T]]]) -> list[T]:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(_invoke(call)) for call in calls]
     except BaseExceptionGroup as exc:
-        raise exc.exceptions[0] from None
+        error = exc.exceptions[0]
+        raise error from error.__cause__
     return [task.result() for task in tasks]
 
 

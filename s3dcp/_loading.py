@@ -39,7 +39,7 @@ from s3dcp._landing import (
     tensor_of,
     verify,
 )
-from s3dcp._portal import Portal
+from s3dcp._portal import Calls, Portal
 from s3dcp._ranges import Span, Want, coalesce, span_bytes
 from s3dcp._staging import Buffer, BufferPool, wait_for_copies
 from s3dcp._torch_internals import _StorageReaderTransforms
@@ -90,6 +90,7 @@ class LoadedItems:
         max_gap_bytes: float,
     ) -> None:
         self._portal = portal
+        self._calls = Calls(portal)
         self._channel = channel
         self._downloads = Downloads(channel)
         self._planner = planner
@@ -131,7 +132,7 @@ class LoadedItems:
                     if not item.info.length:
                         self._finish(item, memoryview(b""))
         except BaseException:
-            self._portal.cancel(list(self._fetching))
+            self._calls.cancel()
             raise
 
     def _plan(self, items: Sequence[Item]) -> list[tuple[S3Uri, Span[Item]]]:
@@ -146,8 +147,9 @@ class LoadedItems:
             for uri, wanted in wants.items()
             for span in coalesce(wanted, max_gap=self._max_gap_bytes, max_span=size)
         ]
-        # The largest first, so that no large one is left to be waited for alone at the end.
-        spans.sort(key=lambda pair: -pair[1].size_bytes)
+        # The largest items first, so that no large one is left to be waited for alone at the end;
+        # and each item's spans together, so that it gives its buffer back before others take one.
+        spans.sort(key=lambda pair: -max(want.owner.missing_bytes for want in pair[1].pieces))
         return spans
 
     def _admit(self, uri: S3Uri, span: Span[Item]) -> None:
@@ -156,7 +158,7 @@ class LoadedItems:
                 self._resolve(want.owner)
         fetch, into = self._destinations(span)
         checked = [view for _, _, view in fetch.checked]
-        future = self._portal.submit(self._downloads.fetch, uri, span.start, into, checked)
+        future = self._calls.submit(self._downloads.fetch, uri, span.start, into, checked)
         self._fetching[future] = fetch
         future.add_done_callback(self._fetched.put)
 
@@ -203,11 +205,12 @@ class LoadedItems:
     def _take(self, size_bytes: int) -> Buffer:
         while self._fetching and self._charged_bytes + size_bytes > self._budget_bytes:
             self._settle()
-        self._charged_bytes += size_bytes
-        return self._buffers.take(size_bytes)
+        buffer = self._buffers.take(size_bytes)
+        self._charged_bytes += buffer.held_bytes
+        return buffer
 
     def _give(self, buffer: Buffer) -> None:
-        self._charged_bytes -= buffer.view.nbytes
+        self._charged_bytes -= buffer.held_bytes
         self._buffers.give(buffer)
 
     def _settle(self) -> None:

@@ -15,7 +15,7 @@ import struct
 from collections import OrderedDict
 from dataclasses import dataclass
 from types import NoneType
-from typing import TYPE_CHECKING, Any, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -31,9 +31,6 @@ from torch.distributed.checkpoint.metadata import (
 from s3dcp._collector import CollectorPause
 from s3dcp._errors import CorruptMetadataError
 from s3dcp._torch_internals import LegacyTensorProperties, _StorageInfo
-
-if TYPE_CHECKING:
-    pass
 
 # An attribute that stock readers ignore and stock pickling carries along.
 _CRCS = "s3dcp_crc64nvme"
@@ -330,5 +327,6 @@ class _Unpickler(pickle.Unpickler):
             _refuse(
                 self._source,
                 f"names {module}.{name}, which is none of DCP's types: it is forged, or was "
-                "written by a planner that has types of its own",
+                "written by a planner that has types of its own, for which pass "
+                "S3StorageReader(..., trusted_metadata=True)",
             )

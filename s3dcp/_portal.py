@@ -23,7 +23,7 @@ import queue
 import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
 from s3dcp._errors import PortalError
 
@@ -107,6 +107,7 @@ class Portal:
         # finalizer may come in between on the same thread.
         self._gate = threading.RLock()
         self._closing = False
+        self._pid = os.getpid()  # a fork has the loop, and no thread that runs it
         self._closers: list[Callable[[], Awaitable[None]]] = []
         ready: Future[asyncio.AbstractEventLoop] = Future()
         self._workers = _Workers(_WORKERS)
@@ -143,7 +144,9 @@ class Portal:
     @property
     def is_alive(self) -> bool:
         """Whether calls are answered."""
-        return self._thread.is_alive() and not self._loop.is_closed()
+        # Not the thread's own word: an interrupt inside `Thread.is_alive` marks a running thread
+        # as ended (CPython 3.11).
+        return not self._loop.is_closed() and self._pid == os.getpid()
 
     def submit(
         self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
@@ -210,9 +213,7 @@ class Portal:
             return await asyncio.shield(waiter)
         except asyncio.CancelledError:
             self.cancel_soon([future])
-            await asyncio.wait([waiter], timeout=GRACE_S)
-            if waiter.done() and not waiter.cancelled():
-                waiter.exception()  # retrieved, or asyncio complains of it later
+            await _settled(waiter, GRACE_S)
             raise
 
     def cancel(self, futures: list[Future[Any]]) -> None:
@@ -299,6 +300,60 @@ class Portal:
     def _refuse_own_thread(self) -> None:
         if threading.current_thread() is self._thread:
             raise PortalError("A blocking call from the I/O thread would wait for itself")
+
+
+async def _settled(waiter: asyncio.Future[Any], grace_s: float) -> None:
+    """Wait for a future within the grace, however often the waiting is cancelled."""
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + grace_s
+    while not waiter.done() and (left_s := deadline - loop.time()) > 0:
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([waiter], timeout=left_s)
+    if waiter.done() and not waiter.cancelled():
+        waiter.exception()  # retrieved, or asyncio complains of it later
+
+
+class Calls:
+    """Calls that are given up together, those included whose submission was interrupted.
+
+    An interrupt may strike between the moment a call is handed to the loop and the moment the
+    caller has its future. So it is the loop that keeps the list.
+
+    Args:
+        portal: Where they run.
+    """
+
+    def __init__(self, portal: Portal) -> None:
+        self._portal = portal
+        self._running: set[asyncio.Task[Any]] = set()  # touched by the loop alone
+
+    def submit(
+        self, function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs
+    ) -> Future[T]:
+        """Run an async function, as `Portal.submit` does."""
+
+        async def tracked() -> T:
+            task = cast("asyncio.Task[Any]", asyncio.current_task())
+            self._running.add(task)
+            try:
+                return await function(*args, **kwargs)
+            finally:
+                self._running.discard(task)
+
+        return self._portal.submit(tracked)
+
+    def cancel(self) -> None:
+        """Cancel all of them, and wait within the grace until they have let go of their memory."""
+        try:
+            self._portal.call(self._cancel)
+        except PortalError:
+            _log.debug("nothing to cancel: the portal is closed")
+
+    async def _cancel(self) -> None:
+        for task in self._running:
+            task.cancel()
+        if self._running:
+            await asyncio.wait(set(self._running), timeout=GRACE_S)
 
 
 async def _invoke(function: Callable[P, Awaitable[T]], *args: P.args, **kwargs: P.kwargs) -> T:

@@ -77,29 +77,32 @@ async def publish(
     )
     replaced: Found | None = None
     failures = 0
+    failure: S3Exception | None = None
     while True:
-        found = await read(channel, uri)
+        found = await _read_back(channel, uri, attempts)
         step, condition = next_step(attempts, found)
         if step is Step.EXISTS:
             await delete_quietly(channel, objects)
             raise _exists(uri)
         if step is Step.CONFLICT:
-            raise CommitConflictError(
-                f"Another writer committed to {uri} while the outcome of this save's own commit "
-                "was unknown: load what is there before saving to this path again"
-            )
+            raise _conflict(uri, "another writer committed meanwhile") from failure
         if step is Step.DONE:
             break
+        if failures >= channel.retry.max_attempts:
+            # Ours is not there, and may still arrive.
+            raise _conflict(uri, "every attempt failed") from failure
+        unproven = condition is not None and not channel.store.conditional_writes
         try:
             async with channel.slots:
                 await channel.store.put(
                     uri, [memoryview(body)], checksum=checksum, condition=condition
                 )
         except S3Exception as exc:
-            known = after_failure(attempts, exc, found, conditioned=condition is not None)
+            known = after_failure(attempts, exc, found, conditioned=unproven)
+            failure = exc
             failures += 1
-            if known is None or failures >= channel.retry.max_attempts:
-                if known is None and not attempts.unknown:
+            if known is None or (failures >= channel.retry.max_attempts and not known.unknown):
+                if not attempts.unknown:
                     await delete_quietly(channel, objects)
                 raise
             _log.info("commit of %s: %s; reading back", uri, exc)
@@ -111,6 +114,24 @@ async def publish(
     if not (channel.store.conditional_writes and attempts.conditional):
         _warn_single_writer(channel.store, uri)
     return replaced
+
+
+async def _read_back(channel: Channel, uri: S3Uri, attempts: Attempts) -> Found | None:
+    try:
+        return await read(channel, uri)
+    except S3Exception as exc:
+        if not attempts.unknown:
+            raise
+        raise _conflict(uri, "it could not be read back") from exc
+
+
+def _conflict(uri: S3Uri, why: str) -> CommitConflictError:
+    return CommitConflictError(
+        f"It is not known whether this save was ever committed to {uri}: the answer was lost, and "
+        f"{why}. Load what is there before saving to this path again",
+        bucket=uri.bucket,
+        key=uri.key,
+    )
 
 
 async def delete_quietly(channel: Channel, uris: Sequence[S3Uri]) -> None:

@@ -92,13 +92,12 @@ class S3Client:
         uri = _object_uri(bucket, key)
 
         async def get(channel: Channel) -> bytearray:
+            downloads = Downloads(channel)
             stop = end
             if stop is None:
-                stop = (await head(channel, uri)).size_bytes
+                stop = (await downloads.head(uri)).size_bytes
             data = bytearray(max(stop - start, 0))
-            await Downloads(channel).fetch_parallel(
-                uri, start, memoryview(data), self._config.part_size
-            )
+            await downloads.fetch_parallel(uri, start, memoryview(data), self._config.part_size)
             return data
 
         return await self._run(get)

@@ -27,7 +27,7 @@ from s3dcp._flow import Channel
 from s3dcp._framing import Frame, encode, frame_for, frame_of, memory_of, storage_alignment
 from s3dcp._keys import S3Uri
 from s3dcp._metadata import ItemCrcs, annotate
-from s3dcp._portal import Portal
+from s3dcp._portal import Calls, Portal
 from s3dcp._publish import delete_quietly
 from s3dcp._ranges import Fragment, PartCutter, block_bytes, cut, upload_part_bytes
 from s3dcp._staging import Buffer, BufferPool, bytes_of, is_host, wait_for_copies
@@ -138,6 +138,7 @@ class SavedItems:
         transforms: _StorageWriterTransforms,
     ) -> None:
         self._portal = portal
+        self._calls = Calls(portal)
         self._channel = channel
         self._config = config
         self._planner = planner
@@ -297,7 +298,7 @@ class SavedItems:
         if file.held is not None:
             part, file.held = file.held, None
             file.sent += 1
-            self._submit(part, self._portal.submit(file.upload.send, file.sent, _views(part)))
+            self._submit(part, self._calls.submit(file.upload.send, file.sent, _views(part)))
 
     def _end(self, file: _File) -> None:
         rest = file.cutter.rest()
@@ -306,7 +307,7 @@ class SavedItems:
         if file.held is not None:
             rest, file.held = file.held, None
         if not file.sent:
-            self._submit(rest, self._portal.submit(file.upload.put, _views(rest)))
+            self._submit(rest, self._calls.submit(file.upload.put, _views(rest)))
         elif rest:
             file.held = rest
             self._send_held(file)
@@ -336,15 +337,13 @@ class SavedItems:
 
     def _complete(self) -> None:
         completing = [
-            self._portal.submit(file.upload.complete, file.sent)
-            for file in self._files
-            if file.sent
+            self._calls.submit(file.upload.complete, file.sent) for file in self._files if file.sent
         ]
         for future in completing:
             self._portal.wait(future)
 
     def _abandon(self) -> None:
-        self._portal.cancel(list(self._sending))
+        self._calls.cancel()
         try:
             self._portal.call(self._drop)
         except S3Exception:  # the error that led here is the one to be seen

@@ -19,14 +19,16 @@ class Buffer:
     """Some bytes of host memory.
 
     Attributes:
+        held_bytes: The memory that is held for it, which is what it is charged.
         tensor: The memory, as a flat uint8 tensor.
         view: The same, as a memoryview.
     """
 
-    __slots__ = ("_whole", "tensor", "view")
+    __slots__ = ("_whole", "held_bytes", "tensor", "view")
 
     def __init__(self, whole: torch.Tensor, size_bytes: int) -> None:
         self._whole = whole
+        self.held_bytes = whole.nbytes
         self.tensor = whole[:size_bytes]
         self.view = memory_of(self.tensor)
 
@@ -48,10 +50,13 @@ class BufferPool:
     def take(self, size_bytes: int) -> Buffer:
         """Return a buffer of `size_bytes`, whose contents are whatever they are."""
         for position, whole in enumerate(self._kept):
-            if size_bytes <= whole.nbytes <= max(4 * size_bytes, _GRAIN_BYTES):
+            if size_bytes <= whole.nbytes <= max(2 * size_bytes, _GRAIN_BYTES):
                 del self._kept[position]
                 self._kept_bytes -= whole.nbytes
                 return Buffer(whole, size_bytes)
+        # None fits: what is kept makes room for what is needed.
+        self._kept.clear()
+        self._kept_bytes = 0
         grains = max(-(-size_bytes // _GRAIN_BYTES), 1)
         # Not zeroed: a pass over the memory, and its pages, for nothing.
         whole = torch.empty(grains * _GRAIN_BYTES, dtype=torch.uint8, pin_memory=self._pinned)

@@ -29,7 +29,7 @@ class DownloadStream:
 
     Args:
         portal: Where the requests run.
-        channel: The client's.
+        downloads: Of the one reader that this is a stream of.
         uri: The object.
         start: The first byte; None: 0.
         end: One past the last byte; None: the object's end, which `info` is asked for.
@@ -40,7 +40,7 @@ class DownloadStream:
     def __init__(
         self,
         portal: Portal,
-        channel: Channel,
+        downloads: Downloads,
         uri: S3Uri,
         start: int | None,
         end: int | None,
@@ -49,7 +49,7 @@ class DownloadStream:
         info: Callable[[], ObjectInfo],
     ) -> None:
         self._portal = portal
-        self._downloads = Downloads(channel)
+        self._downloads = downloads
         self._uri = uri
         self._next = start or 0
         self._end = end

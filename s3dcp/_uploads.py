@@ -108,15 +108,25 @@ class Upload:
         checksum = _whole(sent, self._channel.checksum)
 
         self.touched = True
-        complete = partial(
-            self._channel.store.complete_upload, self.uri, upload_id, parts, checksum=checksum
-        )
+        lost = False  # whether an attempt's answer was
+
+        async def complete() -> None:
+            nonlocal lost
+            try:
+                await self._channel.store.complete_upload(
+                    self.uri, upload_id, parts, checksum=checksum
+                )
+            except S3Exception as exc:
+                lost = lost or exc.retryable
+                raise
+
         try:
             await self._channel.request(f"CompleteMultipartUpload {self.uri}", complete)
         except ObjectNotFoundError:
-            # The upload is gone: an earlier attempt, whose answer was lost, completed it.
+            # The upload is gone. If an answer was lost, it was that of the attempt that made it so.
+            head = partial(self._channel.store.head, self.uri)
             size = sum(size for _, size in sent)
-            if (await self._channel.store.head(self.uri)).size_bytes != size:
+            if not lost or (await self._channel.request("HeadObject", head)).size_bytes != size:
                 raise
         self._closed = True
 

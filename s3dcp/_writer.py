@@ -81,8 +81,10 @@ class S3StorageWriter(FileSystemWriter):
                 "serialization_format=SAFETENSORS has no reader in torch's DCP: save with the "
                 "default format, or write safetensors with the Hugging Face storage writer"
             )
-        if thread_count < 1:
-            raise S3ConfigError(f"thread_count must be a positive whole number, got {thread_count}")
+        if type(thread_count) is not int or thread_count < 1:
+            raise S3ConfigError(
+                f"thread_count must be a positive whole number, got {thread_count!r}"
+            )
         fs = S3FileSystem(region, s3client_config=s3client_config)
         path = fs.init_path(path)
         super().__init__(path=path, thread_count=thread_count, **{"sync_files": False, **kwargs})
@@ -125,6 +127,12 @@ class S3StorageWriter(FileSystemWriter):
                         "path, or pass overwrite=True"
                     )
                 _log.info("replacing the checkpoint at %s", self.path)
+            if alone and self.fs.exists(self.fs.concat_path(self.path, metadata_name())):
+                _log.warning(
+                    "%s holds a checkpoint that was saved with collectives, which loads will find "
+                    "instead of this one: save to another path",
+                    self.path,
+                )
         if alone and self.rank is not None:
             plan = dataclasses.replace(
                 plan, storage_data=StorageMetadata(self.prefix_strategy(self.rank))

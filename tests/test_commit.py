@@ -23,7 +23,9 @@ from s3dcp._errors import (
     CheckpointExistsError,
     CommitConflictError,
     ConflictError,
+    ObjectNotFoundError,
     PreconditionFailedError,
+    S3ConfigError,
     S3ConnectionError,
     S3Exception,
     S3ServiceError,
@@ -207,7 +209,7 @@ def test_an_unknown_outcome_and_another_writer_is_a_conflict() -> None:
         raise error
 
     store.after = Once("put", replaced_meanwhile)
-    with pytest.raises(CommitConflictError, match="Another writer committed"):
+    with pytest.raises(CommitConflictError, match="another writer committed"):
         run(store)
     assert store.objects[URI][0] == OTHER
 
@@ -249,6 +251,77 @@ def test_attempts_end() -> None:
             raise ServerError("500", status=500)
 
     store.before = fail
-    with pytest.raises(ServerError):
+    with pytest.raises(CommitConflictError, match="every attempt failed") as caught:
         run(store)
+    assert isinstance(caught.value.__cause__, ServerError)
     assert [name for name, _ in store.requests].count("put") == 4
+
+
+@pytest.mark.parametrize("attempts", [1, 3])
+def test_the_last_attempt_is_settled_too(attempts: int) -> None:
+    store = MemoryStore()
+
+    def lose(name: str, uri: S3Uri) -> None:
+        raise S3ConnectionError("reset")
+
+    store.after = lose
+    channel = channel_of(store, max_attempts=attempts)
+    assert asyncio.run(publish(channel, URI, OURS, overwrite=True)) is None
+    assert store.objects[URI][0] == OURS
+
+
+@pytest.mark.parametrize(
+    "error", [S3Exception("?"), S3ConfigError("an answer that cannot be parsed"), ServerError()]
+)
+def test_an_answer_that_says_nothing_is_no_reason_to_delete(error: S3Exception) -> None:
+    store = MemoryStore()
+    data = S3Uri("bucket", "run/data")
+    store.write(data, b"data")
+    store.after = Once("put", error)
+    asyncio.run(publish(channel_of(store), URI, OURS, overwrite=True, objects=[data]))
+    assert store.objects[URI][0] == OURS
+    assert data in store.objects
+
+
+def test_a_refusal_deletes_what_only_the_refused_commit_named() -> None:
+    store = MemoryStore()
+    data = S3Uri("bucket", "run/data")
+    store.write(data, b"data")
+    store.before = Once("put", AccessDeniedError("403", status=403))
+    with pytest.raises(AccessDeniedError):
+        asyncio.run(publish(channel_of(store), URI, OURS, overwrite=True, objects=[data]))
+    assert not store.objects
+
+
+def test_what_cannot_be_read_back_is_unknown() -> None:
+    store = MemoryStore()
+    store.after = Once("put", S3ConnectionError("reset"))
+    store.before = Once("get", AccessDeniedError("403", status=403), nth=2)
+    with pytest.raises(CommitConflictError, match="could not be read back"):
+        run(store)
+
+
+def test_metadata_that_goes_away_meanwhile_is_written_anew() -> None:
+    store = MemoryStore()
+    store.write(URI, OLD)
+
+    def vanish() -> None:
+        store.objects.clear()
+        raise ObjectNotFoundError("If-Match of a missing key", status=404)
+
+    store.before = Once("put", vanish)
+    run(store)
+    assert store.objects[URI][0] == OURS
+
+
+def test_conditions_are_kept_where_they_are_known_to_hold() -> None:
+    store = MemoryStore()
+    store.write(URI, OLD)
+    store.before = Once("put", S3ServiceError("KMS.Disabled", code="KMS.Disabled", status=400))
+    with pytest.raises(S3ServiceError):
+        run(store)
+    assert store.objects[URI][0] == OLD
+
+
+def test_no_commit_is_ever_deleted() -> None:
+    assert deletions(["a", ".metadata", "b/.metadata", "__1.metadata"], []) == ["a"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 from typing import Any
 
@@ -382,3 +383,67 @@ def test_a_wrong_place_cannot_be_told_from_a_header(saved: Any) -> None:
     with pytest.raises(Exception, match=r".") as caught:
         load(store, metadata, [request("a", 0, (0,), (200_000,))], [torch.zeros(200_000)])
     assert not isinstance(caught.value, AssertionError)
+
+
+def test_items_of_several_spans_stay_within_the_budget() -> None:
+    """Spans of equal items must not all be begun before one item is done."""
+    config = S3ClientConfig(part_size=5 * MiB, memory_budget_bytes=30 * MiB)
+    store = CountingStore()
+    state = {f"w{n}": torch.full((3 * MiB + n,), float(n)) for n in range(6)}
+    metadata = save(store, state)
+    planner = Targets([torch.zeros(3 * MiB + n, dtype=torch.float16) for n in range(6)])
+    loading = LoadedItems(
+        portal(),
+        channel_of(store),
+        config,
+        planner,  # type: ignore[arg-type]
+        _StorageReaderTransforms(),
+        max_gap_bytes=0,
+    )
+    most = 0
+    original = loading._take
+
+    def watch(size_bytes: int) -> Any:
+        nonlocal most
+        buffer = original(size_bytes)
+        most = max(most, loading._charged_bytes)
+        return buffer
+
+    loading._take = watch  # type: ignore[method-assign]
+    requests = [request(f"w{n}", n, (0,), (3 * MiB + n,)) for n in range(6)]
+    loading.read(requests, metadata, BASE)
+    assert all(bool((t == n).all()) for n, t in enumerate(planner._tensors))
+    assert most <= 30 * MiB
+
+
+def test_a_submission_that_is_interrupted_is_cancelled_with_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The interrupt comes after the loop has the call, and before the caller has its future."""
+    store = CountingStore()
+    metadata = save(store, {"w": torch.randn(2 * MiB)})
+    here = portal()
+    begun, ended = 0, 0
+
+    async def never(*_: object, **__: object) -> ObjectInfo:
+        nonlocal begun, ended
+        begun += 1
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended += 1
+        raise AssertionError
+
+    monkeypatch.setattr(store, "get_range", never)
+    submit = here._call_soon
+    interrupts = iter([KeyboardInterrupt()])
+
+    def interrupted(function: Any) -> None:
+        submit(function)
+        if (interrupt := next(interrupts, None)) is not None:
+            raise interrupt
+
+    monkeypatch.setattr(here, "_call_soon", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        load(store, metadata, [request("w", 0, (0,), (2 * MiB,))], [torch.zeros(2 * MiB)])
+    assert begun == ended

@@ -12,14 +12,23 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from threading import Thread
 from types import TracebackType
 from typing import Self
 from urllib.parse import unquote, urlsplit
+
+#: The first lines of a script that needs some modules of s3dcp, and not torch, which the package
+#: itself imports in seconds.
+LEAN = f"""
+import sys, types
+sys.modules["s3dcp"] = types.ModuleType("s3dcp")
+sys.modules["s3dcp"].__path__ = [{str(Path(__file__).parents[1] / "s3dcp")!r}]
+"""
 
 #: As an answer: close the connection without one.
 HANG_UP = b""
@@ -59,6 +68,7 @@ class Request:
 
 
 Handler = Callable[[Request], bytes | Awaitable[bytes]]
+Serve = Callable[[Handler], AbstractContextManager["Scripted"]]
 
 
 def answer(status: int = 200, body: bytes = b"", **headers: object) -> bytes:
@@ -120,7 +130,7 @@ class Scripted:
         tunnel_tls: ssl.SSLContext | None = None,
     ) -> None:
         self.requests: list[Request] = []
-        self._handler = handler
+        self.handler = handler
         self._tls = tls
         self._tunnel_tls = tunnel_tls
         self._connections: list[asyncio.Task[None]] = []
@@ -143,6 +153,16 @@ class Scripted:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(10)
         assert not self._thread.is_alive()
+
+    @contextmanager
+    def answering(self, handler: Handler) -> Iterator[Self]:
+        """Answer by another handler, and forget the requests so far.
+
+        For tests that share a server, and so a client: to make one costs more than most tests.
+        """
+        self.handler = handler
+        self.requests = []
+        yield self
 
     def sent(self, method: str) -> list[Request]:
         """The requests with this method so far."""
@@ -187,8 +207,10 @@ class Scripted:
                 await writer.start_tls(self._tunnel_tls)
                 tunnel = target
                 continue
-            made = self._handler(self.requests[-1])
+            made = self.handler(self.requests[-1])
             sent = made if isinstance(made, bytes) else await made
+            if method == "HEAD":
+                sent = b"".join(sent.partition(b"\r\n\r\n")[:2])
             writer.write(sent)
             await writer.drain()
             if sent == HANG_UP or b"\r\nconnection: close\r\n" in sent[:4096].lower():

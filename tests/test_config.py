@@ -56,7 +56,7 @@ class TestTheReferencesFields:
 
     def test_what_is_ours_is_by_name(self) -> None:
         with pytest.raises(TypeError, match="positional"):
-            S3ClientConfig(10.0, 8 * MiB, False, False, 10, None, False, "http://x")  # type: ignore[misc]  # noqa: FBT003
+            S3ClientConfig(10.0, 8 * MiB, False, False, 10, None, False, "http://x")  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(
@@ -144,15 +144,15 @@ class TestConnections:
     @pytest.mark.parametrize(
         ("gbps", "ranks", "connections"),
         [
-            (10.0, None, 15),  # 1.25 GB/s, at 85 MB/s each
-            (10.0, "1", 15),
-            (50.0, "2", 37),
-            (100.0, "8", 18),
+            (10.0, None, 25),  # 1.25 GB/s, at 50 MB/s each
+            (10.0, "1", 25),
+            (50.0, "2", 62),
+            (100.0, "8", 31),
             (10.0, "8", 8),  # never less
             (0.1, None, 8),
             (400.0, None, 128),  # never more
-            (10.0, "many", 15),
-            (10.0, "0", 15),
+            (10.0, "many", 25),
+            (10.0, "0", 25),
         ],
     )
     def test_they_follow_the_ranks_share_of_the_link(
@@ -169,7 +169,8 @@ class TestConnections:
 
 class TestMemory:
     @pytest.mark.parametrize(
-        ("ranks", "size"), [(None, GiB), ("2", GiB // 2), ("8", GiB // 8), ("64", 64 * MiB)]
+        ("ranks", "size"),
+        [(None, 64 * MiB), ("8", 64 * MiB), ("16", 32 * MiB), ("64", 16 * MiB)],
     )
     def test_it_is_the_ranks_share(
         self, monkeypatch: pytest.MonkeyPatch, ranks: str | None, size: int

@@ -24,6 +24,7 @@ import s3dcp
 from s3dcp import _errors as errors
 from s3dcp._failures import map_error, mapped
 from s3dcp._keys import S3Uri
+from tests._scripted import LEAN
 
 URI = S3Uri("bucket", "run/.metadata")
 ATTRIBUTES = {
@@ -75,13 +76,13 @@ class TestTheTree:
         }
 
 
-class TestTravel:
-    @staticmethod
-    def made(cls: type[errors.S3Exception]) -> errors.S3Exception:
-        error = cls("what happened; what to do", **ATTRIBUTES)  # type: ignore[arg-type]
-        error.retryable = not cls.retryable
-        return error
+def made(kind: type[errors.S3Exception]) -> errors.S3Exception:
+    error = kind("what happened; what to do", **ATTRIBUTES)  # type: ignore[arg-type]
+    error.retryable = not kind.retryable
+    return error
 
+
+class TestTravel:
     @staticmethod
     def check(again: BaseException | None, error: errors.S3Exception) -> None:
         assert type(again) is type(error)
@@ -94,23 +95,20 @@ class TestTravel:
     @every_class
     @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
     def test_by_pickle(self, cls: type[errors.S3Exception], protocol: int) -> None:
-        error = self.made(cls)
+        error = made(cls)
         self.check(pickle.loads(pickle.dumps(error, protocol)), error)
 
     @every_class
     def test_by_copy(self, cls: type[errors.S3Exception]) -> None:
-        error = self.made(cls)
+        error = made(cls)
         self.check(copy.copy(error), error)
         self.check(copy.deepcopy(error), error)
 
     @every_class
     def test_as_a_cause(self, cls: type[errors.S3Exception]) -> None:
-        error = self.made(cls)
+        error = made(cls)
         with pytest.raises(errors.CheckpointError) as caught:
-            try:
-                raise error
-            except errors.S3Exception as exc:
-                raise errors.CheckpointError("outer") from exc
+            raise errors.CheckpointError("outer") from error
         self.check(caught.value.__cause__, error)
         # Python's pickles drop causes; what carries them, carries them whole.
         again, cause = pickle.loads(pickle.dumps((caught.value, caught.value.__cause__)))
@@ -120,7 +118,7 @@ class TestTravel:
     @every_class
     def test_between_ranks(self, cls: type[errors.S3Exception]) -> None:
         """As DCP does it: with a traceback's summary, gathered in one exception."""
-        error = self.made(cls)
+        error = made(cls)
         try:
             raise error
         except errors.S3Exception as exc:
@@ -133,14 +131,14 @@ class TestTravel:
         assert "what happened; what to do" in str(failed)
 
     def test_to_another_process(self) -> None:
-        error = self.made(errors.AccessDeniedError)
+        error = made(errors.AccessDeniedError)
         program = """
 import json, pickle, sys
 error = pickle.load(sys.stdin.buffer)
 print(json.dumps([type(error).__name__, str(error), vars(error)]))
 """
         done = subprocess.run(
-            [sys.executable, "-c", program],
+            [sys.executable, "-c", LEAN + program],
             input=pickle.dumps(error),
             capture_output=True,
             check=True,
@@ -229,9 +227,7 @@ def refused(
         ("EntityTooLarge", 400, s3dcp.S3ServiceError, None),
     ],
 )
-def test_an_answer(
-    code: str, status: int, kind: type[s3dcp.S3Exception], hint: str | None
-) -> None:
+def test_an_answer(code: str, status: int, kind: type[s3dcp.S3Exception], hint: str | None) -> None:
     error = map_error(refused(code, status), "GetObject", URI)
 
     assert type(error) is kind
@@ -322,6 +318,12 @@ def _caused(
         (aiohttp.ClientPayloadError("cut"), s3dcp.S3ConnectionError, ""),
         (ConnectionResetError(104, "reset"), s3dcp.S3ConnectionError, ""),
         (_caused(boto.HTTPClientError, OSError("x")), s3dcp.S3ConnectionError, ""),
+        (
+            _caused(boto.HTTPClientError, FileNotFoundError(2, "x")),
+            s3dcp.S3ConfigError,
+            "ca_bundle",
+        ),
+        (_caused(boto.HTTPClientError, ssl.SSLError("x")), s3dcp.S3ConfigError, "AWS_CA_BUNDLE"),
         (ResponseParserError("no XML"), s3dcp.S3ProtocolError, ""),
         (boto.NoRegionError(), s3dcp.S3ConfigError, ""),
         (boto.ParamValidationError(report="bad"), s3dcp.S3ConfigError, ""),

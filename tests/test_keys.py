@@ -194,8 +194,10 @@ def test_child_key(prefix: str, relative: str, key: str) -> None:
 
 @pytest.mark.parametrize(
     "relative",
-    ["", "/", "/etc/passwd", "//a", ".", "..", "../other/.metadata", "a/../../b", "a/..", "a/./b"]
-    + ["a\0b", "\ud800", "k" * 1024],
+    [
+        *("", "/", "/etc/passwd", "//a", ".", "..", "../other/.metadata", "a/../../b", "a/.."),
+        *("a/./b", "a\0b", "\ud800", "k" * 1024),
+    ],
 )
 def test_a_hostile_relative_path(relative: str) -> None:
     with pytest.raises(InvalidS3UriError) as caught:

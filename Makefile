@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-SOURCES := s3dcp tests examples
+SOURCES := s3dcp tests examples benchmarks
 
 # The pin lives in pyproject.toml, once.
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
@@ -14,7 +14,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 EXAMPLES := tests/test_examples.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint types tests examples check test demo clean
+.PHONY: help install lint types tests examples check test demo bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
@@ -43,6 +43,9 @@ tests: install ## Run the tests, two processes at a time
 
 examples: install ## Run the examples' tests
 	$(if $(wildcard $(EXAMPLES)),$(BIN)/pytest $(EXAMPLES))
+
+bench: install ## Measure s3dcp beside its peers, and write benchmarks/README.md
+	$(BIN)/python -m benchmarks
 
 check: lint types tests examples ## Run every check
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -30,13 +31,15 @@ _CORES = 2
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run what the command line asks for."""
     options = _options(arguments)
-    target = Path(options.output)
+    target = options.output or _PAGE
     record = target.parent / "results.json"
     if options.render:
         report = _records.load(record.read_text())
     else:
         report = _run(options)
         print(printed(report))
+        if options.output is None and (options.quick or options.only):
+            return  # no page of a part is to take the place of the whole one
         record.write_text(_records.dump(report))
     plot = target.parent / "results.png"
     draw(report, plot)
@@ -53,14 +56,24 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--only", action="append", choices=ROWS, metavar="ROW", help=f"one of {', '.join(ROWS)}"
     )
     parser.add_argument("--repeat", type=int, help="how often each thing is measured")
-    parser.add_argument("--output", default=str(_PAGE), help="the page; the rest goes beside it")
     parser.add_argument(
-        "--render", action="store_true", help="write the page from the results.json beside it"
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="the page; its plot and record go beside it. By default benchmarks/README.md, and "
+        "with --quick or --only none is written",
+    )
+    parser.add_argument(
+        "--render",
+        action="store_true",
+        help="write the page again, from the results.json beside it",
     )
     return parser.parse_args(arguments)
 
 
 def _run(options: argparse.Namespace) -> Report:
+    # Ended like this too, workers, servers and the RAM disk's files go.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     _keep_to_cores(_CORES)
     started = facts(datetime.now(UTC))
     sizes = _sizes(QUICK if options.quick else FULL, options.repeat)

@@ -15,11 +15,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from benchmarks import _raw
 from benchmarks._planning import IdleReader, IdleWriter
 from benchmarks._states import State
-
-BUCKET = "bench"
-#: Where the server drops bodies, so that its memory is neither measured nor used up.
-DISCARDED = "null"
-KEPT = "kept"
+from benchmarks._values import BUCKET, DISCARDED, KEPT
 
 
 class Backend(Protocol):
@@ -119,8 +115,8 @@ def _s3fs() -> Dcp:
         "client_kwargs": {"region_name": os.environ["AWS_REGION"]},
         "config_kwargs": {
             "s3": {"addressing_style": "path"},
-            # botocore's default is a CRC32 for every part of an upload that was begun without
-            # any, which S3's documents rule out and strict servers refuse.
+            # botocore's default is a CRC32 for every part, which a strict server refuses in an
+            # upload that was begun without a checksum algorithm, as s3fs does.
             "request_checksum_calculation": "when_required",
         },
     }

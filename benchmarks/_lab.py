@@ -13,11 +13,9 @@ from typing import Any, TypeVar
 from benchmarks import _certificates
 from benchmarks._processes import WorkerError, WorkerProcess
 from benchmarks._sizes import Sizes
-from benchmarks._values import BACKENDS, OURS, PLANNING, SLOWEST, Sample, Shape
+from benchmarks._values import BACKENDS, BUCKET, DISCARDED, OURS, PLANNING, SLOWEST, Sample, Shape
 from s3dcp.testing import FakeS3, FakeS3Process
 
-_BUCKET = "bench"
-_DISCARDED = "null/"
 _RAM = Path("/dev/shm")  # noqa: S108 - memory is the point
 
 Samples = dict[str, list[Sample]]
@@ -115,6 +113,15 @@ class Lab:
         notes, self.notes = self.notes, []
         return notes
 
+    def repeats(self, backend: str) -> int:
+        """Return how often a backend is measured."""
+        sizes = self.sizes
+        return min(sizes.repeat, sizes.repeat_slowest) if backend == SLOWEST else sizes.repeat
+
+    def slowest_once(self, backend: str) -> int:
+        """Return the same for rows in which s3fs takes minutes."""
+        return 1 if backend == SLOWEST else self.sizes.repeat
+
     @contextmanager
     def server(self, *, tls: bool = False, slow: bool = False) -> Iterator[Server]:
         """Start a server. What it holds goes with it.
@@ -131,8 +138,8 @@ class Lab:
                 "bytes_per_s": self.sizes.bytes_per_s,
             }
         trust = certificates.client_environ() if certificates else {}
-        with FakeS3.process(anonymous=True, discard=_DISCARDED, **options) as process:
-            process.create_bucket(_BUCKET)
+        with FakeS3.process(anonymous=True, discard=f"{DISCARDED}/", **options) as process:
+            process.create_bucket(BUCKET)
             environ = {**process.environ(), **trust, "BENCH_RAM_DISK": self._ram_disk}
             yield Server(process=process, environ=environ)
         for left in Path(self._ram_disk).iterdir():
@@ -170,28 +177,27 @@ class Lab:
         self,
         clients: dict[str, Client],
         measure: Callable[[Client, int], T],
-        *,
-        repeat: int | None = None,
+        repeats: Callable[[str], int] | None = None,
     ) -> dict[str, list[T]]:
         """Measure every client again and again, in turns, so that all see the same machine.
 
         Args:
             clients: Peers that fail are removed, with a note.
             measure: Called with a client and the repetition's number.
-            repeat: How often; as the sizes say by default.
+            repeats: How often each backend; as `Lab.repeats` by default.
         """
-        repeat = repeat or self.sizes.repeat
+        repeats = repeats or self.repeats
         samples: dict[str, list[T]] = {}
-        for number in range(repeat):
+        most = max((repeats(client.backend) for client in clients.values()), default=0)
+        for number in range(most):
             # So that none is always the one after the slowest.
             names = list(clients)
             start = number % max(len(names), 1)
             for name in names[start:] + names[:start]:
                 client = clients[name]
-                if client.backend == SLOWEST and number >= self.sizes.repeat_slowest:
-                    continue
-                with self._spared(clients, name):
-                    samples.setdefault(name, []).append(measure(client, number))
+                if number < repeats(client.backend):
+                    with self._spared(clients, name):
+                        samples.setdefault(name, []).append(measure(client, number))
         return {name: samples[name] for name in clients}
 
     def keep(self, clients: dict[str, Client]) -> None:
@@ -200,17 +206,20 @@ class Lab:
             with self._spared(clients, name):
                 client.save(name, keep=True)
 
-    def save_and_load(self, clients: dict[str, Client]) -> tuple[Samples, Samples]:
+    def save_and_load(
+        self, clients: dict[str, Client], repeats: Callable[[str], int] | None = None
+    ) -> tuple[Samples, Samples]:
         """Measure saves and loads in turns; each backend's first load is verified."""
-        saves = self.in_turns(clients, lambda client, n: client.save(f"{client.backend}-{n}"))
+
+        def save(client: Client, number: int) -> Sample:
+            return client.save(f"{client.name}-{number}")
+
+        def load(client: Client, number: int) -> Sample:
+            return client.load(client.name, verify=number == 0 and client.backend != PLANNING)
+
+        saves = self.in_turns(clients, save, repeats)
         self.keep(clients)
-        loads = self.in_turns(
-            clients,
-            lambda client, n: client.load(
-                client.backend, verify=n == 0 and client.backend != PLANNING
-            ),
-        )
-        return saves, loads
+        return saves, self.in_turns(clients, load, repeats)
 
     @contextmanager
     def _spared(self, clients: dict[str, Client], name: str) -> Iterator[None]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from benchmarks._remarks import REMARKS
 from benchmarks._targets import Outcome, check
 from benchmarks._values import Report, Section, Table
 
+_WIDTH = 100
 _WORDS = {True: "yes", False: "**no**", None: "not measured"}
 
 _INTRODUCTION = """\
@@ -30,17 +32,18 @@ _METHOD = """\
 {facts}
 
 - The server is `s3dcp.testing.FakeS3`, in a process of its own, one for each row: S3 in memory,
-  which verifies signatures and checksums and throttles nothing. It shares the cores with the
-  client, as both are on one machine; so does everybody's. What is saved goes to a prefix that the
-  server drops bodies of, but for the one checkpoint that is loaded.
+  which verifies signatures and checksums. It shares the cores with the client, whoever that is.
+  What is saved goes to a prefix that the server drops bodies of, but for the one checkpoint that
+  is loaded.
 - Every backend has a process of its own for each row. What is measured is one `dcp.save` or
   `dcp.load` in it, with a writer or reader made just before. Backends take turns, so that all see
   the same machine. Figures are medians, the first run of a process included. s3fs has fewer runs
   than the others, as it takes several times as long.
-- Every backend's first load is compared, byte by byte or by a CRC of each tensor, with what was
-  saved.
+- Of each tensor of a backend's first load a CRC is compared with that of what was saved.
 - cpu-s/GiB is user and system time of the client's process and its children.
-- s3dcp runs with its default settings: uploads carry CRC64NVME, and every load verifies the CRCs in
+- All run with their default settings, but for two. Addresses are path-style. s3fs sends no
+  checksums, which spares it some time: botocore's default is refused by strict servers where an
+  upload was begun as s3fs does. s3dcp's uploads carry CRC64NVME, and its loads verify the CRCs in
   the metadata.
 
 To run it: `make bench`. It needs nothing but this repository, and some ten minutes on two idle
@@ -113,7 +116,8 @@ def _missed(outcomes: Sequence[Outcome], remarks: Mapping[tuple[str, str], str])
 
 
 def _section(section: Section) -> str:
-    return f"## {section.title}\n\n{section.how}\n\n{_markdown(section.table)}"
+    how = textwrap.fill(section.how, _WIDTH)
+    return f"## {section.title}\n\n{how}\n\n{_markdown(section.table)}"
 
 
 def _limits(sections: Sequence[Section]) -> str:

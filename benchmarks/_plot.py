@@ -19,6 +19,8 @@ _COLOURS = {
     "planning": "#5b8fb9",
 }
 _COLUMNS = 2
+#: Bars that differ by more than this are drawn on a logarithmic scale.
+_MAX_LINEAR = 50
 _PANEL_INCHES = (6.0, 3.2)
 
 
@@ -62,6 +64,9 @@ def _panel(axis: Axes, chart: Chart) -> None:
         heights = [group.get(backend, 0.0) for group in chart.groups.values()]
         bars = axis.bar(at, heights, width * 0.92, color=_COLOURS[backend])
         axis.bar_label(bars, fmt="%.2f", fontsize=7, padding=1)
+    values = [value for group in chart.groups.values() for value in group.values() if value > 0]
+    if values and max(values) > _MAX_LINEAR * min(values):
+        axis.set_yscale("log")
     axis.set_xticks(range(len(chart.groups)), list(chart.groups))
     axis.set_ylabel(chart.unit)
     axis.set_title(chart.title, fontsize=10)

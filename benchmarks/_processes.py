@@ -54,6 +54,7 @@ class WorkerProcess:
         """
         assert self._process.stdout is not None
         timer = Timer(_ANSWER_TIMEOUT_S, self._process.kill)
+        timer.daemon = True
         timer.start()
         try:
             line = self._process.stdout.readline()

@@ -20,7 +20,7 @@ class Sizes:
         latency_s: The slow link's, to the first byte.
         bytes_per_s: The slow link's, of each connection.
         repeat: How often each thing is measured.
-        repeat_growth: The same at the two sizes that growth is measured at.
+        repeat_growth: The same for s3dcp at the two sizes that growth is measured at.
         repeat_slowest: The same for s3fs, which is several times as slow as everything else.
     """
 

@@ -89,7 +89,7 @@ def slow(lab: Lab) -> Section:
         lab.server(slow=True) as server,
         lab.clients(server, alike(backends, sizes.slow)) as clients,
     ):
-        saves, loads = lab.save_and_load(clients)
+        saves, loads = lab.save_and_load(clients, lab.slowest_once)
     figures = {}
     for operation, samples in (("load", loads), ("save", saves)):
         if REFERENCE in samples:

@@ -25,6 +25,11 @@ PLANNING = "planning"
 #: Several times as slow as everything else, and measured less often.
 SLOWEST = "s3fs"
 
+BUCKET = "bench"
+#: Where the server drops bodies, so that its memory is neither measured nor used up.
+DISCARDED = "null"
+KEPT = "kept"
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import re
 from collections.abc import AsyncIterator, Sequence
@@ -19,6 +20,7 @@ import aiohttp
 from aiobotocore.config import AioConfig
 from aiobotocore.session import AioSession
 from botocore import UNSIGNED
+from botocore.loaders import create_loader
 
 from s3dcp._checksums import encoded
 from s3dcp._config import ChecksumName, S3ClientConfig
@@ -317,8 +319,10 @@ class S3Store:
     async def _make(self) -> Any:
         config = self._config
         session = AioSession(profile=config.profile)
+        loader = _loader(session.get_config_variable("data_path"))
+        session.register_component("data_loader", loader)
         # Parsing botocore's models takes 0.1 s, which the loop must not spend.
-        await offload(_preload, session)
+        await offload(_preload, loader)
         s3 = {"payload_signing_enabled": False}
         client = session.create_client(
             "s3",
@@ -356,8 +360,13 @@ class _Prepared(contextlib.AbstractAsyncContextManager[Any]):
         await self._creator.__aexit__(*exc_info)
 
 
-def _preload(session: AioSession) -> None:
-    loader = session.get_component("data_loader")
+@functools.cache
+def _loader(data_path: str | None) -> Any:
+    """Return what reads botocore's models: one for all clients, which each take 0.2 s less."""
+    return create_loader(data_path)
+
+
+def _preload(loader: Any) -> None:
     for name in ("service-2", "endpoint-rule-set-1", "paginators-1"):
         loader.load_service_model("s3", name)
     for data in ("endpoints", "partitions", "sdk-default-configuration"):

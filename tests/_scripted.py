@@ -3,9 +3,10 @@
 It runs on a thread of its own. A handler turns each request into the bytes of an answer; `forward`
 hands it to a real server, so that only the fault itself is scripted:
 
-    with Scripted(first(error(503, "SlowDown"), then=forward(server.endpoint_url))) as scripted:
+    real = forward(server.endpoint_url)
+    with Scripted(lambda r: error(403, "AccessDenied") if r.method == "PUT" else real(r)) as store:
         ...
-    assert len(scripted.requests) == 2
+    assert len(store.sent("PUT")) == 1
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ import ssl
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
-from types import TracebackType
 from typing import Self
 from urllib.parse import unquote, urlsplit
 
@@ -34,7 +34,7 @@ sys.modules["s3dcp"].__path__ = [{str(Path(__file__).parents[1] / "s3dcp")!r}]
 HANG_UP = b""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Request:
     """A request as it was received.
 
@@ -50,21 +50,19 @@ class Request:
     headers: Mapping[str, str]
     body: bytes
     connection: int
-    tunnel: str = ""
+    tunnel: str
 
     @property
     def path(self) -> str:
         """The target's path, decoded."""
-        return unquote(urlsplit(self.target).path if "://" in self.target else self._own_path)
+        path = self.target.partition("?")[0]
+        # For a path alone, urlsplit would take the first part of //a/b for a host.
+        return unquote(urlsplit(path).path if path.startswith("http") else path)
 
     @property
     def query(self) -> str:
         """The target's query, as sent."""
         return self.target.partition("?")[2]
-
-    @property
-    def _own_path(self) -> str:
-        return self.target.partition("?")[0]  # urlsplit would take //a/b for a host
 
 
 Handler = Callable[[Request], bytes | Awaitable[bytes]]
@@ -82,12 +80,6 @@ def error(status: int, code: str, more: str = "", **headers: object) -> bytes:
     """Return S3's answer for an error; `more` are further elements of its XML."""
     xml = f"<Error><Code>{code}</Code><Message>scripted</Message>{more}</Error>"
     return answer(status, xml.encode(), Content_Type="application/xml", **headers)
-
-
-def first(*answers: bytes, then: Handler) -> Handler:
-    """Give these answers to the first requests, in order, and leave the others to `then`."""
-    left = list(answers)
-    return lambda request: left.pop(0) if left else then(request)
 
 
 def forward(upstream_url: str) -> Handler:
@@ -118,20 +110,12 @@ class Scripted:
 
     Args:
         handler: Makes the answers.
-        tls: Serve https.
         tunnel_tls: Accept CONNECT, and be the https server at its end.
     """
 
-    def __init__(
-        self,
-        handler: Handler,
-        *,
-        tls: ssl.SSLContext | None = None,
-        tunnel_tls: ssl.SSLContext | None = None,
-    ) -> None:
+    def __init__(self, handler: Handler, *, tunnel_tls: ssl.SSLContext | None = None) -> None:
         self.requests: list[Request] = []
         self.handler = handler
-        self._tls = tls
         self._tunnel_tls = tunnel_tls
         self._connections: list[asyncio.Task[None]] = []
         self._listening: Future[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
@@ -140,16 +124,10 @@ class Scripted:
     def __enter__(self) -> Self:
         self._thread.start()
         port, self._loop, self._stop = self._listening.result(10)
-        scheme, host = ("https", "localhost") if self._tls else ("http", "127.0.0.1")
-        self.endpoint_url = f"{scheme}://{host}:{port}"
+        self.endpoint_url = f"http://127.0.0.1:{port}"
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(10)
         assert not self._thread.is_alive()
@@ -170,8 +148,7 @@ class Scripted:
 
     async def _serve(self) -> None:
         stop = asyncio.Event()
-        host = "localhost" if self._tls else "127.0.0.1"
-        server = await asyncio.start_server(self._accepted, host, 0, ssl=self._tls)
+        server = await asyncio.start_server(self._accepted, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         self._listening.set_result((port, asyncio.get_running_loop(), stop))
         await stop.wait()
@@ -198,16 +175,14 @@ class Scripted:
             pairs = (line.partition(":") for line in head[1:] if line)
             headers = {name.lower(): value.strip() for name, _, value in pairs}
             body = await reader.readexactly(int(headers.get("content-length", "0")))
-            request = Request(
-                method=method, target=target, headers=headers, body=body, connection=connection
-            )
-            self.requests.append(replace(request, tunnel=tunnel))
+            request = Request(method, target, headers, body, connection, tunnel)
+            self.requests.append(request)
             if method == "CONNECT" and self._tunnel_tls is not None:
                 writer.write(b"HTTP/1.1 200 Connected\r\n\r\n")
                 await writer.start_tls(self._tunnel_tls)
                 tunnel = target
                 continue
-            made = self.handler(self.requests[-1])
+            made = self.handler(request)
             sent = made if isinstance(made, bytes) else await made
             if method == "HEAD":
                 sent = b"".join(sent.partition(b"\r\n\r\n")[:2])

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import _figures, _records
+from benchmarks.__main__ import main
 from benchmarks._page import page, printed
 from benchmarks._remarks import REMARKS
 from benchmarks._rows import ROWS
@@ -214,14 +215,15 @@ def test_every_row_runs(tmp_path: Path) -> None:
         assert section.table.rows
 
 
-def test_a_row_that_does_not_exist_is_refused() -> None:
-    refused = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "--only", "nothing"],
-        cwd=_ROOT,
-        capture_output=True,
-        text=True,
-        timeout=_RUN_TIMEOUT_S,
-        check=False,
-    )
-    assert refused.returncode == 2
-    assert "invalid choice" in refused.stderr
+def test_a_row_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--only", "nothing"])
+    assert "invalid choice" in capsys.readouterr().err
+
+
+def test_a_page_is_written_again_from_its_record(tmp_path: Path) -> None:
+    target = tmp_path / "page.md"
+    (tmp_path / "results.json").write_text(_records.dump(_report()))
+    main(["--render", "--output", str(target)])
+    assert target.read_text() == page(_report(), "results.png")
+    assert (tmp_path / "results.png").exists()

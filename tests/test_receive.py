@@ -68,10 +68,12 @@ class Peer:
         self.lost = asyncio.Event()
         self.scripts: list[Script] = []
         self.url = ""
-        self._opened = 0
+        self._conversations: list[asyncio.Task[Any] | None] = []
 
     async def accepted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        number, self._opened = self._opened, self._opened + 1
+        number = len(self._conversations)
+        # Loops hold tasks weakly, and nothing else holds one that reads no more.
+        self._conversations.append(asyncio.current_task())
         self.lost.clear()
         try:
             # Ending by the cancellation would be reported, up to Python 3.11.
@@ -170,14 +172,15 @@ class Rig:
             await scenario(peer)
         finally:
             # What closing waits for, aiohttp's protocol has to have been told of.
+            server.close()
             async with asyncio.timeout(_PROMPTLY_S):
                 await session.close()
-            server.close()
-            others = asyncio.all_tasks() - {asyncio.current_task()}
-            for task in others:
-                task.cancel()
-            await asyncio.gather(*others, return_exceptions=True)
-            await asyncio.sleep(0)  # transports close in the round after
+            for _ in range(3):  # connections may still be in the queue, and close a round later
+                others = asyncio.all_tasks() - {asyncio.current_task()}
+                for task in others:
+                    task.cancel()
+                await asyncio.gather(*others, return_exceptions=True)
+                await asyncio.sleep(0)
 
 
 @pytest.fixture(params=["asyncio", "uvloop", "asyncio-tls", "uvloop-tls"])
@@ -620,7 +623,7 @@ MIXED = [1, 70_000, 10, 20, 3_000_000, 5, 65_536, 65_535, 0, 300_000, 4]
         pytest.param([0, 0], id="empty views"),
         pytest.param([1], id="a byte"),
         pytest.param([200_000], id="one view"),
-        pytest.param([37] * 20_000, id="many small views"),
+        pytest.param([60] * 8_000, id="many small views"),
         pytest.param([5_000_000, 100], id="a tensor and a trailer"),
         pytest.param(MIXED, id="mixed"),
     ],

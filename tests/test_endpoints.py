@@ -28,6 +28,7 @@ from s3dcp import (
     S3ConnectionError,
     S3StorageReader,
     S3StorageWriter,
+    WrongRegionError,
 )
 from tests._scripted import Handler, Request, Scripted, answer, error, forward
 from tests._servers import Server
@@ -151,6 +152,14 @@ class TestAwsAddresses:
         scripted = aws(body)
         assert get("mine") == b"body"
         assert scripted.requests[1].headers["host"] == "mine.s3.dualstack.eu-west-1.amazonaws.com"
+
+    def test_a_bucket_is_not_followed_to_its_region(self, aws: Aws) -> None:
+        """The user is told: requests across regions cost money, and there would be thousands."""
+        headers = {"x_amz_bucket_region": "eu-central-1"}
+        scripted = aws(lambda _: error(301, "PermanentRedirect", **headers))
+        with pytest.raises(WrongRegionError, match="pass region='eu-central-1'"):
+            get("mine")
+        assert [request.method for request in scripted.requests] == ["CONNECT", "GET"]
 
     @pytest.mark.parametrize("region", ["eu-west-1", None])
     def test_the_region_by_the_environment(

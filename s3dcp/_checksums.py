@@ -18,6 +18,10 @@ from s3dcp._store import Checksum, Views
 ITEM_CHECKSUM: ChecksumName = "CRC64NVME"
 
 
+# Below this much memory a checksum is quicker than the way to a worker thread and back.
+INLINE_CHECKSUM_BYTES = 256 << 10
+
+
 @dataclass(frozen=True, slots=True)
 class _Algorithm:
     crc: Callable[[memoryview, int], int]

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 from functools import partial
 
-from s3dcp._checksums import crcs_of
+from s3dcp._checksums import INLINE_CHECKSUM_BYTES, crcs_of
 from s3dcp._errors import CheckpointChangedError, PreconditionFailedError
 from s3dcp._flow import Channel, wait_all
 from s3dcp._keys import S3Uri
 from s3dcp._portal import offload
 from s3dcp._ranges import cut
 from s3dcp._store import ObjectInfo, Scatter, Views
-
-_INLINE_CHECKSUM_BYTES = 256 << 10
 
 
 class Downloads:
@@ -73,7 +71,7 @@ class Downloads:
                 )
             except PreconditionFailedError as exc:
                 raise _changed(uri) from exc
-        if sum(view.nbytes for view in checked) < _INLINE_CHECKSUM_BYTES:
+        if sum(view.nbytes for view in checked) < INLINE_CHECKSUM_BYTES:
             return crcs_of(checked)
         return await offload(crcs_of, checked)
 

@@ -286,8 +286,10 @@ class LoadedItems:
     def _read_again(self, item: Item) -> memoryview:
         """Read the whole of an item whose layout was guessed wrong."""
         again = memoryview(bytearray(item.info.length))
-        self._portal.call(self._downloads.fetch, item.uri, item.info.offset, [again])
-        item.ranges = [(0, item.info.length)]
+        at = item.info.offset
+        [crc] = self._portal.call(self._downloads.fetch, item.uri, at, [again], [again])
+        item.ranges, item.sums = [(0, item.info.length)], [(0, crc, item.info.length)]
+        verify(item)
         return again
 
 

@@ -83,7 +83,7 @@ async def publish(
         step, condition = next_step(attempts, found)
         if step is Step.EXISTS:
             await delete_quietly(channel, objects)
-            raise _exists(uri)
+            raise already_exists(uri)
         if step is Step.CONFLICT:
             raise _conflict(uri, "another writer committed meanwhile") from failure
         if step is Step.DONE:
@@ -152,7 +152,8 @@ async def delete_quietly(channel: Channel, uris: Sequence[S3Uri]) -> None:
     await wait_all([partial(delete, uri) for uri in uris])
 
 
-def _exists(uri: S3Uri) -> CheckpointExistsError:
+def already_exists(uri: S3Uri) -> CheckpointExistsError:
+    """Return the error for a checkpoint that may not be replaced."""
     return CheckpointExistsError(
         f"Checkpoint already exists at {uri} and overwrite=False: save to another path, or pass "
         "overwrite=True",

@@ -15,12 +15,9 @@ from torch.distributed._shard.sharded_tensor.metadata import (
 )
 from torch.distributed.checkpoint.filesystem import (
     CURRENT_DCP_VERSION,
-    DEFAULT_SUFFIX,
     _item_size,
-    _metadata_fn,
     _split_by_size_and_type,
     _StorageInfo,
-    _StoragePrefix,
     _StorageReaderTransforms,
     _StorageWriterTransforms,
 )
@@ -30,14 +27,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CURRENT_DCP_VERSION",
-    "DEFAULT_SUFFIX",
     "LegacyTensorProperties",
     "_StorageInfo",
-    "_StoragePrefix",
     "_StorageReaderTransforms",
     "_StorageWriterTransforms",
     "_item_size",
-    "_metadata_fn",
     "_split_by_size_and_type",
     "is_zero_tensor",
     "narrow_tensor_by_index",

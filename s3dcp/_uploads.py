@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import cast
 
-from s3dcp._checksums import ITEM_CHECKSUM, combine, crc_of, crcs_of
+from s3dcp._checksums import INLINE_CHECKSUM_BYTES, ITEM_CHECKSUM, combine, crc_of, crcs_of
 from s3dcp._config import ChecksumName
 from s3dcp._errors import IncompleteSaveError, ObjectNotFoundError, S3Exception
 from s3dcp._flow import Channel, wait_all
@@ -24,9 +24,6 @@ _log = logging.getLogger("s3dcp.uploads")
 
 #: Tries of a request that only tidies up after a failure, whose cause may still be there.
 CLEANUP_ATTEMPTS = 3
-
-# Below this much memory a checksum is quicker than the way to a worker thread and back.
-_INLINE_CHECKSUM_BYTES = 256 << 10
 
 
 class Upload:
@@ -174,7 +171,7 @@ class Upload:
         return await self._channel.request(f"CreateMultipartUpload {self.uri}", create)
 
     async def _checksums(self, body: Views) -> tuple[list[int], Checksum | None]:
-        if sum(view.nbytes for view in body) < _INLINE_CHECKSUM_BYTES:
+        if sum(view.nbytes for view in body) < INLINE_CHECKSUM_BYTES:
             return checksums_of(body, self._channel.checksum)
         return await offload(checksums_of, body, self._channel.checksum)
 

@@ -22,7 +22,6 @@ from torch.futures import Future
 from s3dcp._commit import data_name, deletions, metadata_name
 from s3dcp._config import S3ClientConfig
 from s3dcp._errors import (
-    CheckpointExistsError,
     CorruptMetadataError,
     IncompleteSaveError,
     InvalidS3UriError,
@@ -32,7 +31,7 @@ from s3dcp._filesystem import S3FileSystem
 from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
 from s3dcp._metadata import dump_metadata, load_metadata
 from s3dcp._prefixes import DefaultPrefixStrategy, S3PrefixStrategyBase
-from s3dcp._publish import delete_quietly, publish
+from s3dcp._publish import already_exists, delete_quietly, publish
 from s3dcp._saving import SavedItems
 from s3dcp._torch_internals import CURRENT_DCP_VERSION, _split_by_size_and_type, _StorageInfo
 
@@ -122,10 +121,7 @@ class S3StorageWriter(FileSystemWriter):
             uri = self._metadata_uri()
             if self.fs.exists(str(uri)):
                 if not self.overwrite:
-                    raise CheckpointExistsError(
-                        f"Checkpoint already exists at {uri} and overwrite=False: save to another "
-                        "path, or pass overwrite=True"
-                    )
+                    raise already_exists(uri)
                 _log.info("replacing the checkpoint at %s", self.path)
             if alone and self.fs.exists(self.fs.concat_path(self.path, metadata_name())):
                 _log.warning(

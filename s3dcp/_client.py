@@ -55,6 +55,7 @@ class S3Store:
         self._exit = contextlib.AsyncExitStack()
         self._client: Any = None
         self._opening = asyncio.Lock()
+        self._turn = asyncio.Lock()
         self.conditional_writes = config.conditional_writes
 
     async def open(self) -> None:
@@ -300,6 +301,10 @@ class S3Store:
 
     async def _call(self, method: str, uri: S3Uri, **args: object) -> dict[str, Any]:
         client = await self._opened()
+        # botocore takes 1 ms of the loop's thread to make a request: one for each round of the
+        # loop, so that what arrives meanwhile is not kept waiting by all the others.
+        async with self._turn:
+            await asyncio.sleep(0)
         answer: dict[str, Any] = await getattr(client, method)(
             Bucket=uri.bucket, Key=uri.key, **args
         )

@@ -1,25 +1,29 @@
 """A request's body over memory that is not joined or copied on its way to the socket.
 
 aiohttp copies a body given as one buffer next to the head, and has no write timeout: a peer that
-stops reading would hold the upload for ever. Here the memory is written in steps, and a step that
-makes no progress in time ends the connection.
+stops reading would hold the upload for ever. Here the memory is sent bit by bit, over the socket
+itself where the connection is plain, and through aiohttp where it is TLS; a peer that takes none of
+it in time loses the connection.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from aiohttp.payload import Payload
 
+from s3dcp._sockets import lent_socket, send
 from s3dcp._store import Views
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
 
+# aiohttp joins what is written first with the request's head, so it is small.
+_FIRST_BYTES = 4 << 10
 _STEP_BYTES = 1 << 20
-# Views smaller than this are gathered: a system call costs more than their copy.
+# Views smaller than this are gathered: a step of its own costs more than a copy.
 _GATHERED_BYTES = 64 << 10
 _GATHER_BYTES = 256 << 10
 
@@ -32,7 +36,7 @@ class ViewsPayload(Payload):
 
     Args:
         views: The body. Held until the request has ended.
-        stall_timeout_s: Seconds that the peer may take to accept one step.
+        stall_timeout_s: Seconds that the peer may go without taking a byte.
     """
 
     def __init__(self, views: Views, stall_timeout_s: float) -> None:
@@ -73,36 +77,65 @@ class ViewsPayload(Payload):
         writer: AbstractStreamWriter,
         content_length: int | None,  # noqa: ARG002 - it is ours
     ) -> None:
-        """Write the whole body, step by step, watched."""
+        """Write the whole body, watched."""
         loop = asyncio.get_running_loop()
+        transport: asyncio.Transport | None = getattr(writer, "transport", None)
+        try:
+            async with asyncio.timeout(self._stall_timeout_s) as stall:
 
-        def stall() -> None:
+                def moved() -> None:
+                    if not stall.expired():
+                        stall.reschedule(loop.time() + self._stall_timeout_s)
+
+                await self._write(writer, transport, moved)
+        except TimeoutError:
             self.stalled = True
-            if (transport := getattr(writer, "transport", None)) is not None:
+            if transport is not None:
                 transport.abort()
+            raise
 
-        for step in _steps(self._views):
-            timer = loop.call_later(self._stall_timeout_s, stall)
-            try:
+    async def _write(
+        self,
+        writer: AbstractStreamWriter,
+        transport: asyncio.Transport | None,
+        moved: Callable[[], None],
+    ) -> None:
+        first, rest = split(self._views)
+        lent = lent_socket(transport) if rest and transport is not None else None
+        if transport is None or lent is None:
+            await writer.write(first)
+            for step in steps(rest):
                 await writer.write(step)
-            finally:
-                timer.cancel()
+                moved()
+            return
+        try:
+            transport.set_write_buffer_limits(high=0)  # so that to drain is to send all
+            await writer.write(first)
+            await writer.drain()
+            await send(rest, lent, transport, moved)
+        finally:
+            transport.set_write_buffer_limits()
+            lent.close()
 
 
-def _steps(views: Views) -> Iterator[memoryview | bytes]:
-    """Yield the body in writes of a good size.
+def split(views: Views) -> tuple[bytes, Views]:
+    """Return a copy of a body's first bytes, and what is left of it."""
+    first: list[memoryview] = []
+    room = _FIRST_BYTES
+    for number, view in enumerate(views):
+        first.append(view[:room])
+        room -= first[-1].nbytes
+        if not room:
+            rest = view[first[-1].nbytes :]
+            return b"".join(first), [rest, *views[number + 1 :]] if rest else views[number + 1 :]
+    return b"".join(first), []
 
-    The first is small, since aiohttp joins it with the request's head.
-    """
+
+def steps(views: Views) -> Iterator[memoryview | bytes]:
+    """Yield a body in writes of a good size."""
     gathered: list[memoryview] = []
     held = 0
-    first = True
-    for whole in views:
-        view = whole
-        if first and view.nbytes > _GATHERED_BYTES:
-            yield view[: _GATHERED_BYTES // 16]
-            view = view[_GATHERED_BYTES // 16 :]
-        first = False
+    for view in views:
         if view.nbytes < _GATHERED_BYTES:
             gathered.append(view)
             held += view.nbytes

@@ -68,7 +68,7 @@ def upload_part_bytes(total_bytes: int, floor_bytes: int, connections: int) -> i
     """Choose the part size of an upload of about `total_bytes`.
 
     An object that fits into one part goes up in one request. Parts are as large as they can be
-    with every connection having two to send, since a request costs about 1 ms of processor time
+    with every connection having one to send, since a request costs about 1 ms of processor time
     by itself; past 32 MiB that no longer shows.
 
     Args:
@@ -81,16 +81,16 @@ def upload_part_bytes(total_bytes: int, floor_bytes: int, connections: int) -> i
     """
     if total_bytes <= _SINGLE_PUT_BYTES:
         return max(floor_bytes, _SINGLE_PUT_BYTES)
-    wanted = min(total_bytes // (2 * connections), _PREFERRED_PART_BYTES)
+    wanted = min(total_bytes // connections, _PREFERRED_PART_BYTES)
     return part_bytes(total_bytes, floor_bytes, -(-wanted // MiB) * MiB)
 
 
 def span_bytes(total_bytes: int, floor_bytes: int, connections: int) -> int:
     """Choose the most that one request of a load of `total_bytes` may move.
 
-    As for uploads: two requests for every connection, and no larger than pays.
+    As for uploads: a request for every connection, and no larger than pays.
     """
-    return max(floor_bytes, MiB, min(total_bytes // (2 * connections), _PREFERRED_PART_BYTES))
+    return max(floor_bytes, MiB, min(total_bytes // connections, _PREFERRED_PART_BYTES))
 
 
 def block_bytes(data_bytes: int, row_bytes: int) -> int | None:

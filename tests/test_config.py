@@ -144,15 +144,15 @@ class TestConnections:
     @pytest.mark.parametrize(
         ("gbps", "ranks", "connections"),
         [
-            (10.0, None, 25),  # 1.25 GB/s, at 50 MB/s each
-            (10.0, "1", 25),
-            (50.0, "2", 62),
-            (100.0, "8", 31),
+            (10.0, None, 50),  # 1.25 GB/s, at 25 MB/s each
+            (10.0, "1", 50),
+            (50.0, "2", 125),
+            (100.0, "8", 62),
             (10.0, "8", 8),  # never less
             (0.1, None, 8),
-            (400.0, None, 128),  # never more
-            (10.0, "many", 25),
-            (10.0, "0", 25),
+            (400.0, None, 256),  # never more
+            (10.0, "many", 50),
+            (10.0, "0", 50),
         ],
     )
     def test_they_follow_the_ranks_share_of_the_link(

@@ -32,7 +32,7 @@ GiB = 1 << 30
         (8 * MiB, 8, 8 * MiB),  # one PUT
         (8 * MiB + 1, 8, 8 * MiB),
         (1 * GiB, 8, 32 * MiB),
-        (512 * MiB, 16, 16 * MiB),
+        (512 * MiB, 32, 16 * MiB),
         (100 * GiB, 8, 32 * MiB),
         (400 * GiB, 8, 42 * MiB),  # 32 MiB would be over 10,000 parts
     ],

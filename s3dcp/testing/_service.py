@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 _log = logging.getLogger("s3dcp.testing")
 _BACKLOG = 1024
-_PACED_WINDOW_BYTES = 4 << 20
+_PACED_WINDOW_BYTES = 2 << 20
 _SETTLING_TURNS = 8  # of the loop
 
 

@@ -100,7 +100,9 @@ class DCPOptimizedConstructor:
     def __init__(self, max_gap_size: float = DEFAULT_MAX_GAP_SIZE) -> None:
         check_max_gap_size(max_gap_size)
         self.max_gap_size = max_gap_size
-        self._item_ranges_by_file: dict[str, list[ItemRange]] = {}
+        self._plan: tuple[Sequence[ReadItem], Mapping[MetadataIndex, StoredItem], str]
+        self._plan = (), {}, ""
+        self._item_ranges_by_file: dict[str, list[ItemRange]] | None = None
 
     def set_item_ranges_by_file(
         self,
@@ -121,15 +123,22 @@ class DCPOptimizedConstructor:
         """
         if plan_items and not storage_data:
             raise S3ConfigError("storage_data is empty: read the checkpoint's metadata first")
-        base = uri_text(base_path)
-        ranges: dict[str, list[ItemRange]] = {}
-        for item in plan_items:
-            stored = storage_data[item.storage_index]
-            uri = join(base, stored.relative_path)
-            span = ItemRange(stored.offset, stored.offset + stored.length)
-            ranges.setdefault(uri, []).append(span)
-        self._item_ranges_by_file = ranges
-        _logger.debug("%d items in %d objects will be read", len(plan_items), len(ranges))
+        self._plan = plan_items, storage_data, uri_text(base_path)
+        self._item_ranges_by_file = None
+
+    def _ranges(self) -> dict[str, list[ItemRange]]:
+        # Made when the first reader is: the storage reader has the plan itself, and asks for none.
+        if self._item_ranges_by_file is None:
+            items, storage_data, base = self._plan
+            ranges: dict[str, list[ItemRange]] = {}
+            for item in items:
+                stored = storage_data[item.storage_index]
+                uri = join(base, stored.relative_path)
+                span = ItemRange(stored.offset, stored.offset + stored.length)
+                ranges.setdefault(uri, []).append(span)
+            self._item_ranges_by_file = ranges
+            _logger.debug("%d items in %d objects will be read", len(items), len(ranges))
+        return self._item_ranges_by_file
 
     def __call__(
         self,
@@ -146,7 +155,7 @@ class DCPOptimizedConstructor:
         if key.endswith(".metadata"):
             return SequentialS3Reader(bucket, key, get_object_info, get_stream)
         uri = str(S3Uri(bucket, key))
-        item_ranges = self._item_ranges_by_file.get(uri)
+        item_ranges = self._ranges().get(uri)
         if item_ranges is None:
             raise S3ConfigError(
                 f"No ranges were injected for {uri}. {GUIDANCE}", bucket=bucket, key=key

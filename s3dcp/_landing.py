@@ -24,7 +24,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
-from s3dcp._checksums import combine
+from s3dcp._checksums import combine, crc_of
 from s3dcp._errors import CorruptMetadataError, IntegrityError
 from s3dcp._framing import Frame, decode, frame_for, memory_of, storage_alignment
 from s3dcp._keys import S3Uri, child_key
@@ -131,9 +131,12 @@ class Item:
         return views
 
     def checked(self, start: int, view: memoryview) -> Iterator[tuple[int, memoryview]]:
-        """Cut what lands at `start` to the pieces whose CRCs are needed: none, one, or blocks."""
+        """Cut what lands at `start` to the pieces whose CRCs are to come with them.
+
+        None of small items, which are checked when they are copied; else one, or blocks.
+        """
         crcs = self.crcs
-        if crcs is None:
+        if crcs is None or self.is_small:
             return
         if not self.is_partial:
             yield start, view
@@ -300,14 +303,22 @@ def _one_after_another(
         used += end - start
 
 
-def verify(item: Item) -> None:
+def verify(item: Item, data: memoryview | None) -> None:
     """Check an item's bytes against the CRCs that were saved with it.
+
+    Args:
+        item: The item.
+        data: All of them; None if their CRCs came with them.
 
     Raises:
         IntegrityError: they differ.
     """
     crcs = item.crcs
     if crcs is None or not item.info.length:
+        return
+    if data is not None:
+        if crc_of([data]) != crcs.item:
+            raise _damaged(item, 0, item.info.length)
         return
     if not item.is_partial:
         found = combine((crc, size) for _, crc, size in sorted(item.sums))

@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
 from s3dcp._collector import CollectorPause
-from s3dcp._config import S3ClientConfig
+from s3dcp._config import MiB, S3ClientConfig
 from s3dcp._downloads import Downloads
 from s3dcp._errors import S3Exception
 from s3dcp._flow import Channel
@@ -142,6 +142,8 @@ class LoadedItems:
             wants[item.uri].extend(Want(at + a, at + b, item) for a, b in item.ranges)
         total = sum(item.missing_bytes for item in items)
         size = span_bytes(total, self._part_bytes, self._channel.slots.count)
+        # What one span carries may all need buffers.
+        size = min(size, max(self._budget_bytes // 2, MiB))
         spans = [
             (uri, span)
             for uri, wanted in wants.items()
@@ -246,7 +248,7 @@ class LoadedItems:
         """Check an item whose bytes are in, and hand it to the planner."""
         if item.targets is None:
             self._resolve(item)
-        verify(item)
+        verify(item, data)
         if item.exact is not None and item.is_as_guessed:
             [request], [target] = item.requests, cast("list[torch.Tensor]", item.targets)
             if data is not None and item.device is None:
@@ -287,13 +289,16 @@ class LoadedItems:
         """Read the whole of an item whose layout was guessed wrong."""
         again = memoryview(bytearray(item.info.length))
         at = item.info.offset
-        [crc] = self._portal.call(self._downloads.fetch, item.uri, at, [again], [again])
-        item.ranges, item.sums = [(0, item.info.length)], [(0, crc, item.info.length)]
-        verify(item)
+        self._portal.call(self._downloads.fetch, item.uri, at, [again])
+        item.ranges = [(0, item.info.length)]
+        verify(item, again)
         return again
 
 
 def _detached(target: torch.Tensor) -> torch.Tensor:
+    # One more tensor takes 10 us; most targets are as they should be.
+    if type(target) is torch.Tensor and not target.requires_grad:
+        return target
     # What is copied to a sparse or quantized tensor replaces parts that a detached one would not
     # share with it: its indices, its quantizer.
     plain = target.layout is torch.strided and not target.is_quantized

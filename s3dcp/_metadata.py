@@ -13,9 +13,8 @@ import pathlib
 import pickle
 import struct
 from collections import OrderedDict
-from dataclasses import dataclass
 from types import NoneType
-from typing import Any, NoReturn, cast
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -40,8 +39,7 @@ _MAX_CRC = (1 << 8 * _CRC_BYTES) - 1
 _PROPERTIES = (TensorProperties, LegacyTensorProperties)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ItemCrcs:
+class ItemCrcs(NamedTuple):
     """The checksums (CRC64NVME) of one stored item.
 
     Attributes:
@@ -57,22 +55,6 @@ class ItemCrcs:
     data_bytes: int | None = None
     block_bytes: int | None = None
     blocks: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not all(_is_count(crc) and crc <= _MAX_CRC for crc in (self.item, *self.blocks)):
-            raise ValueError("a CRC is not an unsigned number of 64 bits")
-        expected = 0
-        if self.data_offset is not None or self.data_bytes is not None:
-            if not (_is_count(self.data_offset) and _is_count(self.data_bytes)):
-                raise ValueError("the data's offset and size go together, and are not negative")
-            if self.block_bytes is not None:
-                if not _is_count(self.block_bytes) or not self.block_bytes:
-                    raise ValueError("the size of a block is not a positive number")
-                expected = -(-cast("int", self.data_bytes) // self.block_bytes)
-        elif self.block_bytes is not None:
-            raise ValueError("blocks without data")
-        if len(self.blocks) != expected:
-            raise ValueError(f"{len(self.blocks)} blocks, not {expected}")
 
 
 def annotate(info: _StorageInfo, crcs: ItemCrcs) -> None:
@@ -104,15 +86,24 @@ def _unpacked(packed: Any, item_bytes: int) -> ItemCrcs:
     item, data_offset, data_bytes, block_bytes, blocks = packed
     if not isinstance(blocks, bytes):
         raise TypeError(f"blocks in a {type(blocks).__name__}")
-    if (data_offset or 0) + (data_bytes or 0) > item_bytes:
-        raise ValueError("the data ends behind the item")
-    return ItemCrcs(
-        item=item,
-        data_offset=data_offset,
-        data_bytes=data_bytes,
-        block_bytes=block_bytes,
-        blocks=struct.unpack(f"<{len(blocks) // _CRC_BYTES}Q", blocks),
-    )
+    if not _is_count(item) or item > _MAX_CRC:
+        raise ValueError("a CRC is not an unsigned number of 64 bits")
+    expected = 0
+    if data_offset is not None or data_bytes is not None:
+        if not (_is_count(data_offset) and _is_count(data_bytes)):
+            raise ValueError("the data's offset and size go together, and are not negative")
+        if data_offset + data_bytes > item_bytes:
+            raise ValueError("the data ends behind the item")
+        if block_bytes is not None:
+            if not _is_count(block_bytes) or not block_bytes:
+                raise ValueError("the size of a block is not a positive number")
+            expected = -(-data_bytes // block_bytes)
+    elif block_bytes is not None:
+        raise ValueError("blocks without data")
+    if len(blocks) != expected * _CRC_BYTES:
+        raise ValueError(f"{len(blocks)} bytes of blocks, not {expected}")
+    crcs = struct.unpack(f"<{expected}Q", blocks) if expected else ()
+    return ItemCrcs(item, data_offset, data_bytes, block_bytes, crcs)
 
 
 def dump_metadata(metadata: Metadata) -> bytes:

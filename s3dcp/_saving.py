@@ -3,7 +3,8 @@
 The planner belongs to the caller's thread, so the work is driven from there: it resolves an item,
 frames it, cuts off the parts that are full, and hands each to the portal. Large CPU tensors go out
 from their own memory. What has to be copied (small items, GPU tensors, fallbacks) is charged to a
-budget, and the thread waits for parts to be sent before it copies more.
+budget, and the thread waits for parts to be sent before it copies more. Small items are copied one
+behind the other, and are done with that.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from s3dcp._checksums import combine
+from s3dcp._checksums import combine, crc_of
 from s3dcp._collector import CollectorPause
 from s3dcp._config import MiB, S3ClientConfig
 from s3dcp._errors import IncompleteSaveError, S3Exception
@@ -38,16 +39,26 @@ _log = logging.getLogger("s3dcp.saves")
 
 # Copying less than this is quicker than a view, a checksum and a write for each of its pieces.
 _COPIED_BYTES = 256 << 10
+# So much memory is filled with small items before it is sent.
+_RUN_BYTES = MiB
 # A device's memory comes to the host in pieces of this size.
 _STAGED_BYTES = 16 * MiB
 
 
 @dataclass(slots=True, eq=False)
 class _Charge:
-    """Memory of ours that is charged to the budget until every byte of it has been sent."""
+    """Memory of ours that is charged to the budget until every byte of it has been sent.
 
+    Attributes:
+        held_bytes: What is charged.
+        left_bytes: What has not been sent.
+        lender: Where the memory goes back to, if it is to be used again.
+    """
+
+    held_bytes: int
     left_bytes: int
     buffer: Buffer | None = None
+    lender: BufferPool | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -91,29 +102,43 @@ class _Item:
             self.name, self.offset, self.length, transform_descriptors=self.descriptors or None
         )
         sums = [piece.sum() for piece in self.pieces]
-        crcs = ItemCrcs(
-            item=combine(sums),
-            data_offset=self.data_offset,
-            data_bytes=self.data_bytes,
-            block_bytes=self.block_bytes,
-            blocks=tuple(
-                crc for piece, (crc, _) in zip(self.pieces, sums, strict=True) if piece.blocked
-            ),
+        blocks = tuple(
+            crc for piece, (crc, _) in zip(self.pieces, sums, strict=True) if piece.blocked
         )
-        annotate(info, crcs)
+        places = self.data_offset, self.data_bytes, self.block_bytes
+        annotate(info, ItemCrcs(combine(sums), *places, blocks))
         return WriteResult(
             index=self.write_item.index, size_in_bytes=self.length, storage_data=info
         )
 
 
 @dataclass(slots=True, eq=False)
+class _Run:
+    """Memory that small items are copied to, one behind the other."""
+
+    buffer: Buffer
+    charge: _Charge
+    filled: int = 0
+
+
+@dataclass(slots=True, eq=False)
 class _File:
-    """An object being written."""
+    """An object being written.
+
+    Attributes:
+        items: Those that are sent from where they lie.
+        run: Small items that wait for more to follow them.
+        copied: What DCP records of small items.
+        held: A full part that waits for more to follow it.
+        sent: How many parts have been handed to the portal.
+    """
 
     name: str
     upload: Upload
     cutter: PartCutter[_Piece]
     items: list[_Item] = field(default_factory=list)
+    run: _Run | None = None
+    copied: list[WriteResult] = field(default_factory=list)
     held: list[Fragment[_Piece]] | None = None
     sent: int = 0
 
@@ -147,7 +172,8 @@ class SavedItems:
         self._charged_bytes = 0
         self._pause = CollectorPause()
         self._alignment = storage_alignment()
-        self._buffers = BufferPool(pinned=True, max_kept_bytes=self._budget_bytes)
+        self._staging = BufferPool(pinned=True, max_kept_bytes=self._budget_bytes)
+        self._runs = BufferPool(pinned=False, max_kept_bytes=self._budget_bytes)
         self._sending: dict[Future[list[int]], list[Fragment[_Piece]]] = {}
         self._sent: queue.SimpleQueue[Future[list[int]]] = queue.SimpleQueue()
         self._files: list[_File] = []
@@ -171,7 +197,8 @@ class SavedItems:
                     self._end(file)
                 while self._sending:
                     self._settle()
-                results = [item.result() for file in self._files for item in file.items]
+                results = [result for file in self._files for result in file.copied]
+                results += [item.result() for file in self._files for item in file.items]
             self._complete()
         except BaseException:
             self._abandon()
@@ -188,80 +215,117 @@ class SavedItems:
         self._files.append(_File(name, Upload(self._channel, uri), PartCutter(size)))
 
     def _add(self, file: _File, write_item: WriteItem) -> None:
-        item = _Item(write_item, file.name, file.cutter.position, self._descriptors())
-        file.items.append(item)
-        for view, piece in self._pieces(item):
-            item.pieces.append(piece)
-            item.length += view.nbytes
-            for part in file.cutter.push(view, piece):
-                # A full part is held until there is more: the only part of an object is a PUT.
-                self._send_held(file)
-                file.held = part
-
-    def _descriptors(self) -> list[str]:
-        return [ex.get_descriptor() for ex in reversed(self._transforms.extensions)]
-
-    def _pieces(self, item: _Item) -> Iterator[tuple[memoryview, _Piece]]:
-        data = self._planner.resolve_data(item.write_item)
-        if item.write_item.type == WriteItemType.BYTE_IO:
+        data = self._planner.resolve_data(write_item)
+        if write_item.type == WriteItemType.BYTE_IO:
             if not isinstance(data, io.BytesIO):
-                raise TypeError(f"{item.write_item.index.fqn}: expected BytesIO, got {type(data)}")
-            yield self._buffered(self._transformed(item.write_item, data.getbuffer()))
+                raise TypeError(f"{write_item.index.fqn}: expected BytesIO, got {type(data)}")
+            self._add_bytes(file, write_item, data.getbuffer())
             return
         if not isinstance(data, torch.Tensor):
-            raise TypeError(f"{item.write_item.index.fqn}: expected a tensor, got {type(data)}")
-        yield from self._tensor_pieces(item, data.detach())
+            raise TypeError(f"{write_item.index.fqn}: expected a tensor, got {type(data)}")
+        if type(data) is not torch.Tensor or data.requires_grad:
+            data = data.detach()
+        self._add_tensor(file, write_item, data)
 
-    def _tensor_pieces(
-        self, item: _Item, tensor: torch.Tensor
-    ) -> Iterator[tuple[memoryview, _Piece]]:
-        charge: _Charge | None = None
-        if not is_host(tensor):
-            frame = None if self._transforms.extensions else _frame_on_device(tensor)
+    def _add_tensor(self, file: _File, write_item: WriteItem, tensor: torch.Tensor) -> None:
+        plain = not self._transforms.extensions
+        owned = not is_host(tensor)
+        if owned:
+            frame = _frame_on_device(tensor) if plain else None
             if frame is not None:
-                yield from self._framed(
-                    item, tensor, frame, self._staged(tensor, _block(tensor, frame))
-                )
+                staged = self._staged(tensor, _block(tensor, frame))
+                self._add_framed(file, write_item, tensor, frame, staged)
                 return
             self._make_room(tensor.nbytes)
             tensor = tensor.cpu()
-            charge = self._charge(tensor.nbytes)
         frame = frame_of(tensor, self._alignment)
         if frame is None and tensor.layout is torch.strided:
             # As stock DCP does for a view of a larger storage; what has gaps gets a frame this way.
             self._make_room(tensor.nbytes)
-            tensor = tensor.clone()
-            charge = self._charge(tensor.nbytes)
+            tensor, owned = tensor.clone(), True
             frame = frame_of(tensor, self._alignment)
-        if self._transforms.extensions or frame is None:
-            yield self._buffered(self._transformed(item.write_item, encode(tensor)))
-            return
-        memory = memory_of(tensor)
-        if frame.length <= _COPIED_BYTES:
-            item.data_offset, item.data_bytes = len(frame.header), frame.data_bytes
-            yield self._buffered(memoryview(b"".join((frame.header, memory, frame.trailer))))
-            return
-        yield from self._framed(item, tensor, frame, iter([(memory, charge)]))
+        if frame is None or not plain:
+            self._add_bytes(file, write_item, encode(tensor))
+        elif frame.length <= _COPIED_BYTES:
+            self._copy(file, write_item, tensor, frame)
+        else:
+            charge = self._charge(tensor.nbytes) if owned else None
+            memory = iter([(memory_of(tensor), charge)])
+            self._add_framed(file, write_item, tensor, frame, memory)
 
-    def _framed(
+    def _copy(self, file: _File, write_item: WriteItem, tensor: torch.Tensor, frame: Frame) -> None:
+        """Copy a small tensor's item behind those that were copied before."""
+        if file.run is None or file.run.filled + frame.length > _RUN_BYTES:
+            self._end_run(file)
+            file.run = _Run(*self._borrow(self._runs, _RUN_BYTES))
+        run = file.run
+        view = run.buffer.view[run.filled : run.filled + frame.length]
+        data_at, data_end = len(frame.header), len(frame.header) + frame.data_bytes
+        view[:data_at] = frame.header
+        view[data_at:data_end] = memory_of(tensor)
+        view[data_end:] = frame.trailer
+        info = _StorageInfo(file.name, file.cutter.position + run.filled, frame.length)
+        annotate(info, ItemCrcs(crc_of([view]), data_at, frame.data_bytes))
+        file.copied.append(WriteResult(write_item.index, frame.length, info))
+        run.filled += frame.length
+
+    def _end_run(self, file: _File) -> None:
+        """Send the small items that were copied."""
+        if (run := file.run) is not None:
+            file.run, run.charge.left_bytes = None, run.filled
+            self._push(file, run.buffer.view[: run.filled], _Piece(charge=run.charge))
+
+    def _add_bytes(self, file: _File, write_item: WriteItem, data: memoryview) -> None:
+        """Send an item that has no frame: bytes, or what `torch.save` wrote."""
+        self._end_run(file)
+        if self._transforms.extensions:
+            sink = io.BytesIO()
+            stream, _ = self._transforms.transform_save_stream(write_item, sink)
+            stream.write(data)
+            stream.close()
+            data = sink.getbuffer()
+        item = self._item(file, write_item)
+        self._append(file, item, data, _Piece(charge=self._charge(data.nbytes)))
+
+    def _add_framed(
         self,
-        item: _Item,
+        file: _File,
+        write_item: WriteItem,
         tensor: torch.Tensor,
         frame: Frame,
         memory: Iterator[tuple[memoryview, _Charge | None]],
-    ) -> Iterator[tuple[memoryview, _Piece]]:
-        """Yield an item's header, its tensor's memory cut at the edges of blocks, its trailer."""
+    ) -> None:
+        """Send an item's header, its tensor's memory cut at the edges of blocks, its trailer."""
+        self._end_run(file)
+        item = self._item(file, write_item)
         item.data_offset, item.data_bytes = len(frame.header), frame.data_bytes
         item.block_bytes = _block(tensor, frame)
-        yield memoryview(frame.header), _Piece()
+        self._append(file, item, memoryview(frame.header), _Piece())
         position = 0
         for view, charge in memory:
             end = position + view.nbytes
             for a, b in cut(position, end, item.block_bytes or frame.data_bytes):
-                blocked = item.block_bytes is not None
-                yield view[a - position : b - position], _Piece(blocked, charge)
+                piece = _Piece(item.block_bytes is not None, charge)
+                self._append(file, item, view[a - position : b - position], piece)
             position = end
-        yield memoryview(frame.trailer), _Piece()
+        self._append(file, item, memoryview(frame.trailer), _Piece())
+
+    def _item(self, file: _File, write_item: WriteItem) -> _Item:
+        descriptors = [ex.get_descriptor() for ex in reversed(self._transforms.extensions)]
+        item = _Item(write_item, file.name, file.cutter.position, descriptors)
+        file.items.append(item)
+        return item
+
+    def _append(self, file: _File, item: _Item, view: memoryview, piece: _Piece) -> None:
+        item.pieces.append(piece)
+        item.length += view.nbytes
+        self._push(file, view, piece)
+
+    def _push(self, file: _File, view: memoryview, piece: _Piece) -> None:
+        for part in file.cutter.push(view, piece):
+            # A full part is held until there is more: the only part of an object is a PUT.
+            self._send_held(file)
+            file.held = part
 
     def _staged(
         self, tensor: torch.Tensor, block: int | None
@@ -270,29 +334,25 @@ class SavedItems:
         source = bytes_of(tensor)
         step = max(_STAGED_BYTES // block, 1) * block if block else _STAGED_BYTES
         for start, end in cut(0, source.nbytes, step):
-            self._make_room(end - start)
-            buffer = self._buffers.take(end - start)
+            buffer, charge = self._borrow(self._staging, end - start)
             buffer.tensor.copy_(source[start:end], non_blocking=True)
             wait_for_copies(source)
-            yield buffer.view, self._charge(end - start, buffer)
-
-    def _buffered(self, view: memoryview) -> tuple[memoryview, _Piece]:
-        self._make_room(view.nbytes)
-        return view, _Piece(charge=self._charge(view.nbytes))
-
-    def _transformed(self, write_item: WriteItem, data: memoryview) -> memoryview:
-        if not self._transforms.extensions:
-            return data
-        sink = io.BytesIO()
-        stream, _ = self._transforms.transform_save_stream(write_item, sink)
-        stream.write(data)
-        stream.close()
-        return sink.getbuffer()
+            yield buffer.view, charge
 
     def _make_room(self, size_bytes: int) -> None:
         """Wait until so many bytes fit into the budget, or nothing is left to wait for."""
         while self._sending and self._charged_bytes + size_bytes > self._budget_bytes:
             self._settle()
+
+    def _charge(self, size_bytes: int) -> _Charge:
+        self._make_room(size_bytes)
+        self._charged_bytes += size_bytes
+        return _Charge(size_bytes, size_bytes)
+
+    def _borrow(self, lender: BufferPool, size_bytes: int) -> tuple[Buffer, _Charge]:
+        charge = self._charge(size_bytes)
+        charge.buffer, charge.lender = lender.take(size_bytes), lender
+        return charge.buffer, charge
 
     def _send_held(self, file: _File) -> None:
         if file.held is not None:
@@ -301,6 +361,7 @@ class SavedItems:
             self._submit(part, self._calls.submit(file.upload.send, file.sent, _views(part)))
 
     def _end(self, file: _File) -> None:
+        self._end_run(file)
         rest = file.cutter.rest()
         if file.held is not None and (rest or file.sent):
             self._send_held(file)
@@ -325,15 +386,12 @@ class SavedItems:
             if piece.charge is not None:
                 self._discharge(piece.charge, fragment.view.nbytes)
 
-    def _charge(self, size_bytes: int, buffer: Buffer | None = None) -> _Charge:
-        self._charged_bytes += size_bytes
-        return _Charge(size_bytes, buffer)
-
     def _discharge(self, charge: _Charge, size_bytes: int) -> None:
-        self._charged_bytes -= size_bytes
         charge.left_bytes -= size_bytes
-        if not charge.left_bytes and charge.buffer is not None:
-            self._buffers.give(charge.buffer)
+        if not charge.left_bytes:
+            self._charged_bytes -= charge.held_bytes
+            if charge.buffer is not None and charge.lender is not None:
+                charge.lender.give(charge.buffer)
 
     def _complete(self) -> None:
         completing = [

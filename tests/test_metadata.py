@@ -376,12 +376,13 @@ def test_checksums_take_few_bytes() -> None:
         {"item": 1, "data_offset": 0, "data_bytes": 5, "block_bytes": 5, "blocks": (1, 2)},
         {"item": 1, "data_offset": 0, "data_bytes": 5, "blocks": (1,)},
         {"item": 1, "blocks": (1,)},
-        {"item": 1, "data_offset": 0, "data_bytes": 5, "block_bytes": 5, "blocks": (-1,)},
     ],
 )
 def test_impossible_checksums(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011  # every text is another
-        ItemCrcs(**fields)
+    info = _StorageInfo("__0_0.distcp", 7, 2000)
+    annotate(info, ItemCrcs(**fields))
+    with pytest.raises(CorruptMetadataError, match=r"at byte 7 of '__0_0\.distcp' are malformed"):
+        crcs_of(info)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """How much at once, and what to do when a request fails.
 
 Retrying is done here and nowhere else: botocore is told to try once. Every attempt is a new
-request with a signature of its own. It first waits for the turn of its prefix, if that has been
-throttled, and then for a slot, so that prefixes that are served are not held up by one that is not.
+request with a signature of its own. It needs a slot, and a turn of its prefix where that has been
+throttled; it holds no slot while it waits for a turn, so that no prefix holds up another.
 """
 
 from __future__ import annotations
@@ -119,12 +119,12 @@ class Pacer:
 
         Those that wait for their prefix hold no slot. Within a prefix they go in order.
         """
+        await slots.acquire()
         prefix = prefix_of(uri)
-        if self.lanes.has_room(prefix):
-            await slots.acquire()
-            if (turn := self.lanes.enter(prefix)) is not None:
-                return turn
-            slots.release()  # throttled meanwhile
+        turn = self.lanes.enter(prefix)
+        if turn is not None:
+            return turn
+        slots.release()
         turn = await self._wait(prefix)
         try:
             await slots.acquire()
@@ -151,7 +151,10 @@ class Pacer:
             raise
 
     def _give_back(self, turn: Turn, answer: Answer) -> None:
-        given = deque(self.lanes.leave(turn, answer))
+        left = self.lanes.leave(turn, answer)
+        if not left:
+            return
+        given = deque(left)
         while given:
             waiter, turn = given.popleft()
             if waiter.done():  # cancelled, and has not run since

@@ -42,7 +42,7 @@ Prefix = tuple[str, str]
 
 def prefix_of(uri: S3Uri) -> Prefix:
     """Return the bucket and what a key shares with those that are throttled along with it."""
-    return uri.bucket, uri.key[: uri.key.rfind("/") + 1]
+    return uri.bucket, uri.key.rpartition("/")[0]
 
 
 class Answer(Enum):
@@ -80,13 +80,8 @@ class Lane(Generic[W]):
         self.limit = math.inf
         self.under_way = 0
         self.cuts = 0
-        self.waiting: OrderedDict[W, None] = OrderedDict()
+        self.waiting: OrderedDict[W, None] | None = None  # made for the first: few ever wait
         self.rests_since_s = 0.0
-
-    @property
-    def has_room(self) -> bool:
-        """Whether one more may be under way. Always, where nothing is."""
-        return self.under_way + 1 <= self.limit
 
     def take(self) -> Turn:
         """Count one more."""
@@ -101,9 +96,17 @@ class Lane(Generic[W]):
                 crowd = max(turn.crowd, self.under_way)
                 self.limit = max(1.0, min(self.limit, crowd) / 2)
                 self.cuts += 1
-            elif answer is Answer.SERVED and not self.has_room:
+            elif answer is Answer.SERVED and self.under_way + 1 > self.limit:
                 self.limit += 1 / self.limit
         self.under_way -= 1
+
+    def admit(self) -> list[tuple[W, Turn]]:
+        """Give turns to those who have waited longest, as far as there is room."""
+        given: list[tuple[W, Turn]] = []
+        while self.waiting and self.under_way + 1 <= self.limit:
+            waiter, _ = self.waiting.popitem(last=False)
+            given.append((waiter, self.take()))
+        return given
 
 
 class Lanes(Generic[W]):
@@ -129,35 +132,31 @@ class Lanes(Generic[W]):
         lane = self._busy.get(prefix) or self._resting.get(prefix)
         return math.inf if lane is None else lane.limit
 
-    def has_room(self, prefix: Prefix) -> bool:
-        """Whether `enter` would return a turn."""
-        lane = self._busy.get(prefix)
-        return lane is None or lane.has_room
-
     def enter(self, prefix: Prefix) -> Turn | None:
         """Return a turn, or None where there is no room; then `wait`."""
         lane = self._busy.get(prefix)
         if lane is None:
             lane = self._busy[prefix] = self._found(prefix)
-        return lane.take() if lane.has_room else None
+        return lane.take() if lane.under_way + 1 <= lane.limit else None
 
     def wait(self, prefix: Prefix, waiter: W) -> None:
         """Put a waiter at the end of a prefix's queue, which has no room."""
-        self._busy[prefix].waiting[waiter] = None
+        lane = self._busy[prefix]
+        if lane.waiting is None:
+            lane.waiting = OrderedDict()
+        lane.waiting[waiter] = None
 
     def withdraw(self, prefix: Prefix, waiter: W) -> None:
         """Take a waiter from the queue, if it is still there."""
-        if (lane := self._busy.get(prefix)) is not None:
+        lane = self._busy.get(prefix)
+        if lane is not None and lane.waiting is not None:
             lane.waiting.pop(waiter, None)
 
     def leave(self, turn: Turn, answer: Answer) -> Sequence[tuple[W, Turn]]:
         """End a turn; return those who waited and have theirs now, in order."""
         lane = turn.lane
         lane.end(turn, answer)
-        given: list[tuple[W, Turn]] = []
-        while lane.waiting and lane.has_room:
-            waiter, _ = lane.waiting.popitem(last=False)
-            given.append((waiter, lane.take()))
+        given = lane.admit() if lane.waiting else ()
         if not lane.under_way:
             del self._busy[lane.prefix]
             if lane.limit < math.inf:

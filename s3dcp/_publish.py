@@ -107,17 +107,15 @@ async def publish(
             failure = exc
             failures += 1
             elapsed_s = channel.retry.clock() - started_s
-            delay_s = channel.retry.next_delay_s(failures, exc, elapsed_s)
-            ended = delay_s is None
+            ended = channel.retry.next_delay_s(failures, exc, elapsed_s) is None
             if known is None or (ended and not known.unknown):
                 if not attempts.unknown:
                     await delete_quietly(channel, objects)
                 raise
             _log.info("commit of %s: %s; reading back", uri, exc)
             attempts, replaced = known, found
-            if delay_s is None:  # the last one: what was lost gets the time to arrive
-                delay_s = channel.retry.delay_s(failures, exc)
-            await channel.retry.sleep(delay_s)
+            # After the last one too: a PUT whose answer was lost gets the time to arrive.
+            await channel.retry.sleep(channel.retry.delay_s(failures, exc))
             continue
         replaced = found
         break

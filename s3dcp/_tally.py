@@ -94,7 +94,8 @@ class Totals:
         return sum(self.operations.values(), OperationTotals())
 
     def __str__(self) -> str:
-        return "; ".join(f"{name}: {totals}" for name, totals in self.operations.items())
+        shown = [f"{name}: {totals}" for name, totals in self.operations.items()]
+        return "; ".join(shown) or "no requests"
 
 
 class _Counts:

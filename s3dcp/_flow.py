@@ -137,6 +137,9 @@ class Pacer:
         """Let the next requests start."""
         slots.release()
         self._give_back(turn, answer)
+        if answer is Answer.THROTTLED:
+            lane = turn.lane
+            _log.debug("s3://%s/%s: at most %.1f requests at once", *lane.prefix, lane.limit)
 
     async def _wait(self, prefix: Prefix) -> Turn:
         waiter: asyncio.Future[Turn] = asyncio.get_running_loop().create_future()
@@ -146,8 +149,6 @@ class Pacer:
         except BaseException:
             if waiter.done() and not waiter.cancelled():
                 self._give_back(waiter.result(), Answer.NOTHING)  # it came, too late
-            else:
-                self.lanes.withdraw(prefix, waiter)
             raise
 
     def _give_back(self, turn: Turn, answer: Answer) -> None:

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Sequence
 from enum import Enum, auto
 from typing import Any, Generic, TypeVar
@@ -80,7 +80,7 @@ class Lane(Generic[W]):
         self.limit = math.inf
         self.under_way = 0
         self.cuts = 0
-        self.waiting: OrderedDict[W, None] | None = None  # made for the first: few ever wait
+        self.waiting: deque[W] = deque()
         self.rests_since_s = 0.0
 
     def take(self) -> Turn:
@@ -104,8 +104,7 @@ class Lane(Generic[W]):
         """Give turns to those who have waited longest, as far as there is room."""
         given: list[tuple[W, Turn]] = []
         while self.waiting and self.under_way + 1 <= self.limit:
-            waiter, _ = self.waiting.popitem(last=False)
-            given.append((waiter, self.take()))
+            given.append((self.waiting.popleft(), self.take()))
         return given
 
 
@@ -141,19 +140,13 @@ class Lanes(Generic[W]):
 
     def wait(self, prefix: Prefix, waiter: W) -> None:
         """Put a waiter at the end of a prefix's queue, which has no room."""
-        lane = self._busy[prefix]
-        if lane.waiting is None:
-            lane.waiting = OrderedDict()
-        lane.waiting[waiter] = None
-
-    def withdraw(self, prefix: Prefix, waiter: W) -> None:
-        """Take a waiter from the queue, if it is still there."""
-        lane = self._busy.get(prefix)
-        if lane is not None and lane.waiting is not None:
-            lane.waiting.pop(waiter, None)
+        self._busy[prefix].waiting.append(waiter)
 
     def leave(self, turn: Turn, answer: Answer) -> Sequence[tuple[W, Turn]]:
-        """End a turn; return those who waited and have theirs now, in order."""
+        """End a turn; return those who waited and have theirs now, in order.
+
+        Who does not want it any more gives it back by another `leave`.
+        """
         lane = turn.lane
         lane.end(turn, answer)
         given = lane.admit() if lane.waiting else ()

@@ -205,19 +205,6 @@ class TestWaiting:
             lanes.wait(P, waiter)
         assert [waiter for waiter, _ in lanes.leave(turn, SERVED)] == [0, 1]
 
-    def test_who_withdraws_is_passed_over(self) -> None:
-        lanes = lanes_of()
-        throttled(lanes, 2)
-        [turn] = enter(lanes, 1)
-        for waiter in range(3):
-            lanes.wait(P, waiter)
-        for waiter in (0, 2, 2):
-            lanes.withdraw(P, waiter)
-        [(waiter, turn)] = lanes.leave(turn, NOTHING)
-        assert waiter == 1
-        lanes.leave(turn, NOTHING)
-        lanes.withdraw(P, 1)
-
 
 class TestForgetting:
     def test_a_limit_outlives_its_requests_for_a_while(self) -> None:
@@ -305,14 +292,6 @@ class LanesMachine(RuleBasedStateMachine):
             assert after in {before, before + 1 / before}
         self.burst[prefix].discard(turn)
         self.turns += [(prefix, turn) for _, turn in given]
-
-    @precondition(lambda self: any(self.queues.values()))
-    @rule(data=st.data())
-    def withdraw(self, data: st.DataObject) -> None:
-        prefix = data.draw(st.sampled_from([p for p, queue in self.queues.items() if queue]))
-        number = data.draw(st.sampled_from(self.queues[prefix]))
-        self.lanes.withdraw(prefix, number)
-        self.queues[prefix].remove(number)
 
     @rule(seconds=st.sampled_from([1.0, FORGET_S]))
     def time_passes(self, seconds: float) -> None:

@@ -124,7 +124,7 @@ class Pacer:
         turn = self.lanes.enter(prefix)
         if turn is not None:
             return turn
-        slots.release()
+        slots.release()  # at once, to whoever is next: no prefix holds up another
         turn = await self._wait(prefix)
         try:
             await slots.acquire()

@@ -36,7 +36,8 @@ class S3ClientConfig:
             multipart upload.
         unsigned: Send requests without a signature (anonymous access to public buckets).
         force_path_style: Address buckets as `endpoint/bucket` instead of `bucket.endpoint`.
-        max_attempts: How often one request is tried, the first time included.
+        max_attempts: How often one request is tried at most, the first time included; see
+            `retry_timeout_s`.
         profile: A profile of the AWS configuration file.
         requester_pays: Accept the cost of requests to requester-pays buckets.
         endpoint_url: An S3-compatible store. Default: `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL`,
@@ -53,6 +54,10 @@ class S3ClientConfig:
             `None`: AWS does; others are believed once they have refused a request with 412.
         connect_timeout_s: Seconds to wait for a connection.
         read_timeout_s: Seconds without progress after which a peer is given up.
+        retry_timeout_s: Seconds from a request's first attempt on after which it is not tried
+            again, whatever `max_attempts` allows. The default, 5 minutes, outlasts a store's
+            short outage, and ends before the other ranks' collectives time out (10 minutes with
+            NCCL), so that the error is S3's.
         max_connections: Connections of this process. Default: from `throughput_target_gbps`.
         memory_budget_bytes: Bytes of host memory that one save or load of this process may hold
             in buffers, beyond the tensors; a single item that is larger passes alone. Default: a
@@ -83,6 +88,7 @@ class S3ClientConfig:
     conditional_writes: bool | None = None
     connect_timeout_s: float = 10.0
     read_timeout_s: float = 60.0
+    retry_timeout_s: float = 300.0
     max_connections: int | None = None
     memory_budget_bytes: int | None = None
 
@@ -91,7 +97,10 @@ class S3ClientConfig:
         self._check_choices()
 
     def _check_numbers(self) -> None:
-        for name in ("throughput_target_gbps", "connect_timeout_s", "read_timeout_s"):
+        for name in (
+            *("throughput_target_gbps", "connect_timeout_s"),
+            *("read_timeout_s", "retry_timeout_s"),
+        ):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < float("inf"):
                 raise S3ConfigError(f"{name} must be a positive number, got {value!r}")

@@ -31,7 +31,7 @@ class Downloads:
     async def head(self, uri: S3Uri) -> ObjectInfo:
         """Return what the store says of an object, whose reads are pinned to it from then on."""
         head = partial(self._channel.store.head, uri)
-        info = await self._channel.request(f"HeadObject {uri}", head)
+        info = await self._channel.request("HeadObject", uri, head)
         self._pin(uri, info)
         return info
 
@@ -66,9 +66,7 @@ class Downloads:
 
         if size_bytes:
             try:
-                await self._channel.request(
-                    f"GetObject {uri} [{start}, {start + size_bytes})", attempt
-                )
+                await self._channel.request("GetObject", uri, attempt, size_bytes=size_bytes)
             except PreconditionFailedError as exc:
                 raise _changed(uri) from exc
         if sum(view.nbytes for view in checked) < INLINE_CHECKSUM_BYTES:

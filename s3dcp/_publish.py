@@ -36,7 +36,7 @@ async def exists(channel: Channel, uri: S3Uri) -> bool:
         await channel.store.get_range(uri, 0, Scatter([memoryview(bytearray(1))]))
 
     try:
-        await channel.request(f"GetObject {uri}", look)
+        await channel.request("GetObject", uri, look)
     except ObjectNotFoundError:
         return False
     except S3ServiceError as exc:
@@ -48,9 +48,10 @@ async def exists(channel: Channel, uri: S3Uri) -> bool:
 async def read(channel: Channel, uri: S3Uri) -> Found | None:
     """Return a whole object, or None where there is none."""
     try:
-        body, info = await channel.request(f"GetObject {uri}", partial(channel.store.get, uri))
+        body, info = await channel.request("GetObject", uri, partial(channel.store.get, uri))
     except ObjectNotFoundError:
         return None
+    channel.tally.add_bytes("GetObject", len(body))
     return Found(body, info.etag)
 
 
@@ -78,6 +79,8 @@ async def publish(
     replaced: Found | None = None
     failures = 0
     failure: S3Exception | None = None
+    ended = False
+    started_s = channel.retry.clock()
     while True:
         found = await _read_back(channel, uri, attempts)
         step, condition = next_step(attempts, found)
@@ -88,25 +91,30 @@ async def publish(
             raise _conflict(uri, "another writer committed meanwhile") from failure
         if step is Step.DONE:
             break
-        if failures >= channel.retry.max_attempts:
+        if ended:
             # Ours is not there, and may still arrive.
             raise _conflict(uri, "every attempt failed") from failure
         unproven = condition is not None and not channel.store.conditional_writes
+        put = partial(
+            channel.store.put, uri, [memoryview(body)], checksum=checksum, condition=condition
+        )
         try:
-            async with channel.slots:
-                await channel.store.put(
-                    uri, [memoryview(body)], checksum=checksum, condition=condition
-                )
+            await channel.attempt(
+                "PutObject", uri, put, size_bytes=len(body), retry=failure is not None
+            )
         except S3Exception as exc:
             known = after_failure(attempts, exc, found, conditioned=unproven)
             failure = exc
             failures += 1
-            if known is None or (failures >= channel.retry.max_attempts and not known.unknown):
+            elapsed_s = channel.retry.clock() - started_s
+            ended = channel.retry.next_delay_s(failures, exc, elapsed_s) is None
+            if known is None or (ended and not known.unknown):
                 if not attempts.unknown:
                     await delete_quietly(channel, objects)
                 raise
             _log.info("commit of %s: %s; reading back", uri, exc)
             attempts, replaced = known, found
+            # After the last one too: a PUT whose answer was lost gets the time to arrive.
             await channel.retry.sleep(channel.retry.delay_s(failures, exc))
             continue
         replaced = found
@@ -140,7 +148,8 @@ async def delete_quietly(channel: Channel, uris: Sequence[S3Uri]) -> None:
     async def delete(uri: S3Uri) -> None:
         try:
             await channel.request(
-                f"DeleteObject {uri}",
+                "DeleteObject",
+                uri,
                 partial(channel.store.delete, uri),
                 max_attempts=CLEANUP_ATTEMPTS,
             )

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 from s3dcp._config import S3ClientConfig
 from s3dcp._downloads import Downloads
 from s3dcp._errors import InvalidS3UriError
-from s3dcp._flow import Channel, RetryPolicy, Slots
+from s3dcp._flow import Channel, Pacer, RetryPolicy, Slots
 from s3dcp._keys import S3Uri, parse_s3_uri
 from s3dcp._portal import Portal, offload, portal
 from s3dcp._ranges import cut, upload_part_bytes
@@ -181,20 +181,18 @@ class S3Client:
 
 async def head(channel: Channel, uri: S3Uri) -> ObjectInfo:
     """Return what the store says of an object."""
-    return await channel.request(f"HeadObject {uri}", partial(channel.store.head, uri))
+    return await channel.request("HeadObject", uri, partial(channel.store.head, uri))
 
 
 async def copy(channel: Channel, source: S3Uri, target: S3Uri) -> None:
     """Copy an object inside the store."""
-    await channel.request(
-        f"CopyObject {source} {target}", partial(channel.store.copy, source, target)
-    )
+    await channel.request("CopyObject", target, partial(channel.store.copy, source, target))
 
 
 async def delete(channel: Channel, uri: S3Uri, *, max_attempts: int | None = None) -> None:
     """Delete an object; an absent one is no error."""
     send = partial(channel.store.delete, uri)
-    await channel.request(f"DeleteObject {uri}", send, max_attempts=max_attempts)
+    await channel.request("DeleteObject", uri, send, max_attempts=max_attempts)
 
 
 async def list_all(channel: Channel, uri: S3Uri, *, delimiter: str = "") -> list[ObjectInfo]:
@@ -203,7 +201,7 @@ async def list_all(channel: Channel, uri: S3Uri, *, delimiter: str = "") -> list
     async def collect() -> list[ObjectInfo]:
         return [info async for info in channel.store.list(uri, delimiter=delimiter)]
 
-    return await channel.request(f"ListObjectsV2 {uri}", collect)
+    return await channel.request("ListObjectsV2", uri, collect)
 
 
 def _object_uri(bucket: str, key: str) -> S3Uri:
@@ -220,31 +218,53 @@ def _uri(bucket: str, key: str) -> S3Uri:
     return uri
 
 
-# By portal, which takes its pools along when it is gone; opened one at a time.
-_pools: weakref.WeakKeyDictionary[Portal, tuple[asyncio.Lock, dict[Hashable, Channel]]] = (
-    weakref.WeakKeyDictionary()
-)
+class _Pools:
+    """What the clients of one portal share: a channel for all settings, a pacer for an endpoint."""
+
+    def __init__(self) -> None:
+        self.opening = asyncio.Lock()
+        self.channels: dict[Hashable, Channel] = {}
+        self.pacers: dict[Hashable, Pacer] = {}
+
+
+# By portal, which takes its pools along when it is gone.
+_pools: weakref.WeakKeyDictionary[Portal, _Pools] = weakref.WeakKeyDictionary()
 
 
 async def _channel(region: str | None, config: S3ClientConfig) -> Channel:
     """Return the pool for these settings, on the portal that runs this."""
     here = portal()
-    opening, channels = _pools.setdefault(here, (asyncio.Lock(), {}))
+    pools = _pools.setdefault(here, _Pools())
     key = (region, config, _aws_environment())
-    async with opening:
-        if key not in channels:
+    async with pools.opening:
+        if key not in pools.channels:
             # botocore takes most of a second to import, which the loop must not spend.
             client = await offload(import_module, "s3dcp._client")
             store = client.S3Store(region, config)
             await store.open()
             here.at_close(store.close)
-            channels[key] = Channel(
+            pools.channels[key] = Channel(
                 store=store,
                 slots=Slots(config.connections()),
-                retry=RetryPolicy(max_attempts=config.max_attempts),
+                retry=RetryPolicy(
+                    max_attempts=config.max_attempts, timeout_s=config.retry_timeout_s
+                ),
                 checksum=config.checksum,
+                pacer=pools.pacers.setdefault(_endpoint(config), Pacer()),
             )
-    return channels[key]
+    return pools.channels[key]
+
+
+def _endpoint(config: S3ClientConfig) -> Hashable:
+    """Return what tells endpoints apart: the URL, or the profile, which may set one.
+
+    Not the region, since a bucket is in one. Two that are the same under different names learn
+    by themselves what throttles them, so none of this has to be exact.
+    """
+    variables = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+    urls = [config.endpoint_url, *(os.environ.get(name) for name in variables)]
+    profile = config.profile or os.environ.get("AWS_PROFILE")
+    return next((url.rstrip("/") for url in urls if url), ("profile", profile))
 
 
 def _aws_environment() -> Hashable:

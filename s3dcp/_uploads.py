@@ -50,7 +50,8 @@ class Upload:
 
         self.touched = True
         put = partial(self._channel.store.put, self.uri, body, checksum=checksum)
-        await self._channel.request(f"PutObject {self.uri}", put)
+        size = sum(view.nbytes for view in body)
+        await self._channel.request("PutObject", self.uri, put, size_bytes=size)
         self._closed = True
         return crcs
 
@@ -75,11 +76,12 @@ class Upload:
         send = partial(
             self._channel.store.upload_part, self.uri, upload_id, number, body, checksum=checksum
         )
-        receipt = await self._channel.request(f"UploadPart {number} {self.uri}", send)
+        size = sum(view.nbytes for view in body)
+        receipt = await self._channel.request("UploadPart", self.uri, send, size_bytes=size)
         # A checksum that the store did not echo is not named again on completion.
         named = checksum if receipt.checksum_echoed else None
         part = Part(number=number, etag=receipt.etag, checksum=named)
-        self._parts[number] = part, sum(view.nbytes for view in body)
+        self._parts[number] = part, size
         return crcs
 
     async def send_all(self, parts: Sequence[memoryview]) -> None:
@@ -118,12 +120,14 @@ class Upload:
                 raise
 
         try:
-            await self._channel.request(f"CompleteMultipartUpload {self.uri}", complete)
+            await self._channel.request("CompleteMultipartUpload", self.uri, complete)
         except ObjectNotFoundError:
             # The upload is gone. If an answer was lost, it was that of the attempt that made it so.
             head = partial(self._channel.store.head, self.uri)
             size = sum(size for _, size in sent)
-            if not lost or (await self._channel.request("HeadObject", head)).size_bytes != size:
+            if not lost:
+                raise
+            if (await self._channel.request("HeadObject", self.uri, head)).size_bytes != size:
                 raise
         self._closed = True
 
@@ -146,7 +150,7 @@ class Upload:
         abort = partial(self._channel.store.abort_upload, self.uri, upload_id)
         try:
             await self._channel.request(
-                f"AbortMultipartUpload {self.uri}", abort, max_attempts=CLEANUP_ATTEMPTS
+                "AbortMultipartUpload", self.uri, abort, max_attempts=CLEANUP_ATTEMPTS
             )
         except ObjectNotFoundError:
             pass
@@ -168,7 +172,7 @@ class Upload:
         create = partial(
             self._channel.store.create_upload, self.uri, checksum=self._channel.checksum
         )
-        return await self._channel.request(f"CreateMultipartUpload {self.uri}", create)
+        return await self._channel.request("CreateMultipartUpload", self.uri, create)
 
     async def _checksums(self, body: Views) -> tuple[list[int], Checksum | None]:
         if sum(view.nbytes for view in body) < INLINE_CHECKSUM_BYTES:

@@ -70,6 +70,8 @@ class TestTheReferencesFields:
         ({"connect_timeout_s": 0}, "connect_timeout_s must be a positive number"),
         ({"read_timeout_s": -0.5}, "read_timeout_s must be a positive number"),
         ({"read_timeout_s": None}, "read_timeout_s must be a positive number"),
+        ({"retry_timeout_s": 0}, "retry_timeout_s must be a positive number"),
+        ({"retry_timeout_s": float("inf")}, "retry_timeout_s must be a positive number"),
         ({"part_size": 0}, "part_size must be a positive whole number"),
         ({"part_size": 8.5 * MiB}, "part_size must be a positive whole number"),
         ({"part_size": None}, "part_size must be a positive whole number"),

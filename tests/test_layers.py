@@ -18,7 +18,7 @@ ROWS = {
     "portal": ["_portal"],
     "values": ["_config", "_keys", "_store"],
     "pure": ["_checksums", "_ranges", "_commit"],
-    "engine": ["_flow", "_uploads", "_downloads", "_publish"],
+    "engine": ["_pacing", "_tally", "_flow", "_uploads", "_downloads", "_publish"],
     "transport": ["_receive", "_sockets", "_payload", "_failures", "_client"],
     "tensors": ["_torch_internals", "_metadata", "_framing", "_layouts", "_staging"],
     "facade": [

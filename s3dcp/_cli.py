@@ -213,7 +213,7 @@ def gc(uri: str, store: dict[str, Any], *, keep: int | None, grace_s: float, rea
         click.echo(_plain(f"Left alone, with all below it: {each.uri}: {each.problem}"), err=True)
     rows = [("checkpoint", each.uri, each.size_bytes) for each in found.checkpoints]
     rows += [("object", str(S3Uri(bucket, each.key)), each.size_bytes) for each in found.objects]
-    _print_removed(really, "delete", rows)
+    _print_removed(rows, "delete", "deleted", really=really)
 
 
 @cli.command()
@@ -229,7 +229,7 @@ def abort_uploads(uri: str, store: dict[str, Any], *, grace_s: float, really: bo
     found = catalog.abort_uploads(uri, grace_s=grace_s, dry_run=not really, **store)
     bucket = parse_s3_uri(uri).bucket
     rows = [("upload", str(S3Uri(bucket, each.key)), None) for each in found]
-    _print_removed(really, "abort", rows)
+    _print_removed(rows, "abort", "aborted", really=really)
 
 
 @cli.command()
@@ -271,10 +271,12 @@ def _print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None
         click.echo("  ".join(padded).rstrip())
 
 
-def _print_removed(really: bool, verb: str, rows: Sequence[tuple[str, str, int | None]]) -> None:
+def _print_removed(
+    rows: Sequence[tuple[str, str, int | None]], verb: str, done: str, *, really: bool
+) -> None:
     for kind, uri, size_bytes in rows:
         size = "" if size_bytes is None else f" ({_size(size_bytes)})"
-        click.echo(_plain(f"{verb if really else f'would {verb}'} {kind} {uri}{size}"))
+        click.echo(_plain(f"{done if really else f'would {verb}'} {kind} {uri}{size}"))
     if rows and not really:
         click.echo(f"Nothing was changed: repeat it with --delete to {verb} these.", err=True)
 

@@ -20,6 +20,7 @@ from typing import Any
 import click
 from tqdm import tqdm
 
+from s3dcp import __version__
 from s3dcp import _catalog as catalog
 from s3dcp import _verifying as verifying
 from s3dcp._config import S3ClientConfig
@@ -31,6 +32,10 @@ from s3dcp.testing import FakeS3, LocalServerError
 
 _DAMAGED, _FAILED, _INTERRUPTED, _UNREAD = 1, 2, 130, 141
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+
+
+class _Bar(tqdm):
+    monitor_interval = 0  # no thread that looks after bars
 
 
 class _Failure(click.ClickException):
@@ -100,7 +105,7 @@ _really = click.option("--delete", "really", is_flag=True, help="Do it, rather t
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="s3dcp", message="%(prog)s %(version)s")
+@click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
     """Look after PyTorch distributed checkpoints on S3."""
 
@@ -170,7 +175,7 @@ def verify(uri: str, store: dict[str, Any]) -> None:
     Exit status: 0 if it is whole, 1 if it is damaged, 2 if that could not be found out.
     """
     client = S3Client(**store)
-    with tqdm(unit="B", unit_scale=True, unit_divisor=1024, disable=None, leave=False) as bar:
+    with _Bar(unit="B", unit_scale=True, unit_divisor=1024, disable=None, leave=False) as bar:
 
         def progress(count: int, total: int) -> None:
             bar.total = total

@@ -6,8 +6,10 @@ import json
 import os
 import pty
 import re
+import select
 import subprocess
 import sys
+import termios
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -73,8 +75,7 @@ class TestLs:
             *("COMMITTED", "STEP", "RANKS", "TENSORS", "SIZE", "CHECKPOINT", "STATE")
         ]
         assert [row.split()[2:] for row in rows] == [
-            ["9", "2", "2", "20", "B", f"{RUN}/step-9", "incomplete:", "missing:"]
-            + ["run/step-9/__1_0.distcp"],
+            f"9 2 2 20 B {RUN}/step-9 incomplete: missing: run/step-9/__1_0.distcp".split(),
             ["10", "1", "1", rows[1].split()[5], "KiB", f"{RUN}/step-10", "complete"],
         ]
         assert rows[0].index(RUN) == rows[1].index(RUN)
@@ -307,6 +308,8 @@ class TestOptions:
 @contextmanager
 def terminal() -> Iterator[tuple[int, int]]:
     ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    os.set_blocking(ours, False)
     try:
         yield ours, theirs
     finally:
@@ -366,6 +369,7 @@ class TestProcesses:
             )
             text = ""
             while text.count("\n") < 5:
+                assert select.select([ours], [], [], _LIMIT_S)[0]
                 text += os.read(ours, 1 << 16).decode()
             for name, value in re.findall(r"^export (\w+)=(\S+)\r$", text, re.MULTILINE):
                 monkeypatch.setenv(name, value)

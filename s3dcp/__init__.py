@@ -60,7 +60,7 @@ __all__ = [
     "S3StorageReader",
     "S3StorageWriter",
     "StorageMetadata",
-    # what is under a URI
+    # catalog
     "CheckpointInfo",
     "Garbage",
     "UploadInfo",

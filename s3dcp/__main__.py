@@ -12,7 +12,7 @@ def main() -> None:
     except ModuleNotFoundError as exc:
         if exc.name not in {"click", "tqdm"}:
             raise
-        sys.stderr.write(f's3dcp: {exc.name} is not installed: pip install "s3dcp[cli]"\n')
+        sys.stderr.write(f's3dcp: {exc.name} is missing: pip install "s3dcp[cli]"\n')
         sys.exit(2)
     cli(prog_name="s3dcp")
 

@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
 import termios
@@ -20,8 +21,9 @@ from click.testing import CliRunner, Result
 
 import s3dcp
 from s3dcp import S3StorageWriter
+from s3dcp.__main__ import main
 from s3dcp._cli import cli
-from s3dcp.testing import Drop, FakeS3, Refuse
+from s3dcp.testing import Drop, FakeS3, Refuse, Stall
 from tests._catalogs import BUCKET, put_checkpoint, put_data
 
 if TYPE_CHECKING:
@@ -305,6 +307,20 @@ class TestOptions:
             assert not command.get_short_help_str(45).endswith("...")
 
 
+def test_without_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "s3dcp._cli")
+    monkeypatch.setitem(sys.modules, "click", None)
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", 's3dcp: click is missing: pip install "s3dcp[cli]"\n')
+
+
 @contextmanager
 def terminal() -> Iterator[tuple[int, int]]:
     ours, theirs = pty.openpty()
@@ -346,20 +362,17 @@ class TestProcesses:
 
         assert (process.returncode, errors) == (141, "")
 
-    def test_without_the_extra(self, tmp_path: Path) -> None:
-        """In one line, how to install it; without the traceback that anybody else's bug has."""
-        (tmp_path / "click.py").write_text("raise ModuleNotFoundError('', name='click')")
-        path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
-        process = program(
-            "--help",
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path},
-        )
+    def test_ctrl_c(self, fake: FakeS3) -> None:
+        """Its status is not that of a damaged checkpoint."""
+        save("step-1", w=torch.ones(300))
+        stalled = fake.inject(Stall(), operation="GetObject", key="*.distcp")
+        process = program("verify", f"{RUN}/step-1", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        stalled.wait(timeout_s=_LIMIT_S)
+        process.send_signal(signal.SIGINT)
         out, errors = process.communicate(timeout=_LIMIT_S)
+        stalled.release()
 
-        assert (process.returncode, out) == (2, "")
-        assert errors == 's3dcp: click is not installed: pip install "s3dcp[cli]"\n'
+        assert (process.returncode, out, errors) == (130, "", "")
 
     def test_serve_and_ctrl_c(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What it prints can be pasted into another terminal, whose commands then reach it."""
@@ -377,5 +390,5 @@ class TestProcesses:
             save("step-1", w=torch.ones(3))
             assert json.loads(run("ls", RUN, "--json").stdout)[0]["complete"]
 
-            process.send_signal(2)
+            process.send_signal(signal.SIGINT)
             assert process.wait(_LIMIT_S) == 0

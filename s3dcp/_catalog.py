@@ -103,7 +103,8 @@ def delete(
     Raises:
         CheckpointNotFoundError: there is none.
         CheckpointChangedError: it was replaced meanwhile; the new one is left in place.
-        CorruptMetadataError: what it named cannot be known. Nothing was deleted.
+        CorruptMetadataError: its `.metadata`, or that of one above, cannot be read, and may name
+            any of these objects. Nothing was deleted.
         S3Exception: as the store.
     """
     S3Client(region, s3client_config).call(_delete, _folder(uri))
@@ -190,12 +191,14 @@ async def _delete(channel: Channel, root: S3Uri) -> None:
     here = [each for each in found.checkpoints if each.folder == root]
     if not here:
         raise no_checkpoint(root)
-    if here[0].contents.unreadable:
-        raise CorruptMetadataError(
-            f"Nothing was deleted: {here[0].contents.unreadable}",
-            bucket=root.bucket,
-            key=root.key,
-        )
+    for each in found.everywhere:
+        if each.contents.unreadable and root.key.startswith(each.folder.key):
+            raise CorruptMetadataError(
+                f"Nothing was deleted at {place_of(root)}, since it cannot be known what the "
+                f"checkpoint at {place_of(each.folder)} names: {each.contents.unreadable}",
+                bucket=root.bucket,
+                key=root.key,
+            )
     if not await _remove(channel, found, here):
         raise CheckpointChangedError(
             f"{place_of(root)} was replaced while it was being deleted: delete it again",
@@ -209,13 +212,17 @@ async def _gc(
 ) -> Garbage:
     before = datetime.now(UTC) - timedelta(seconds=grace_s)
     found = await survey(channel, root)
-    old = doomed(found.checkpoints, keep)
+    old = doomed(found.checkpoints, keep, found.everywhere)
     lost = list(orphans(found.listing, found.everywhere, before))
     if not dry_run and (old or lost):
         # What was committed or replaced meanwhile counts: only what is needless still is removed.
         found = await survey(channel, root, found.everywhere)
         old_before, lost_before = {each.commits for each in old}, set(lost)
-        old = [each for each in doomed(found.checkpoints, keep) if each.commits in old_before]
+        old = [
+            each
+            for each in doomed(found.checkpoints, keep, found.everywhere)
+            if each.commits in old_before
+        ]
         lost = [
             info for info in orphans(found.listing, found.everywhere, before) if info in lost_before
         ]

@@ -190,17 +190,27 @@ def problem_of(
     return None
 
 
-def doomed(checkpoints: Iterable[Checkpoint], keep: int | None) -> list[Checkpoint]:
+def doomed(
+    checkpoints: Iterable[Checkpoint], keep: int | None, everywhere: Iterable[Checkpoint]
+) -> list[Checkpoint]:
     """Return the checkpoints that are older than the newest `keep` complete ones.
 
-    None where there are fewer of those. One whose commit cannot be read is never among them.
+    None where there are fewer of those. Those in the folder of one that cannot be read stay.
+
+    Args:
+        checkpoints: Those to choose from.
+        keep: How many complete ones stay; None for all.
+        everywhere: All of them, and those in folders above.
     """
     found = sorted(checkpoints, key=lambda each: each.order, reverse=True)
     complete = [each for each in found if each.problem is None]
     if keep is None or len(complete) <= keep:
         return []
     oldest = complete[keep - 1].order
-    return [each for each in found if each.order < oldest and not each.contents.unreadable]
+    _, sealed = _claims(everywhere)
+    return [
+        each for each in found if each.order < oldest and not each.folder.key.startswith(sealed)
+    ]
 
 
 def needless(removed: Iterable[Checkpoint], others: Iterable[Checkpoint]) -> list[str]:

@@ -219,7 +219,7 @@ class TestOrder:
 
 class TestDoomed:
     def keys(self, keep: int | None, *found: Checkpoint) -> list[str]:
-        return [each.folder.key for each in doomed(found, keep)]
+        return [each.folder.key for each in doomed(found, keep, found)]
 
     def test_all_stay_unless_told_how_many(self) -> None:
         found = [checkpoint(f"{n}/", days_old=n) for n in range(5)]
@@ -251,6 +251,12 @@ class TestDoomed:
         ]
 
         assert self.keys(1, *found) == ["2/"]
+
+    def test_nor_do_those_in_its_folder_go(self) -> None:
+        found = [checkpoint(f"run/{n}/", days_old=n) for n in range(3)]
+
+        assert doomed(found, 1, [*found, checkpoint("run/", unreadable="forged")]) == []
+        assert doomed(found, 1, [*found, checkpoint("run/2/x/", unreadable="forged")]) == found[1:]
 
 
 class TestNeedless:

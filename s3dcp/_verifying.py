@@ -17,7 +17,7 @@ from s3dcp._errors import (
     ObjectNotFoundError,
 )
 from s3dcp._flow import Channel, wait_all
-from s3dcp._inventory import commits_by_folder, folder_of
+from s3dcp._inventory import folder_of, place_of
 from s3dcp._keys import S3Uri, child_key
 from s3dcp._metadata import crcs_of, load_metadata
 from s3dcp._portal import offload
@@ -129,16 +129,18 @@ async def verify(
         S3Exception: as the store: it is not known whether the checkpoint is whole.
     """
     folder = folder_of(uri)
-    listing = await list_all(channel, folder)
+    commits = await commits_in(channel, folder)
     try:
-        entries = await _entries(channel, folder, commits_by_folder(listing).get(folder.key, ()))
+        entries = await _entries(channel, folder, commits)
     except (CorruptMetadataError, InvalidS3UriError) as exc:
         return Verdict(objects=0, verified=0, unverified=0, size_bytes=0, problems=(str(exc),))
     by_key: dict[str, list[_Checked]] = {}
     for entry in entries:
         for piece in entry.pieces:
             by_key.setdefault(piece.key, []).append(_Checked(entry.name, piece))
-    problems = _wrong_sizes(folder.bucket, by_key, listing)
+    problems = _wrong_sizes(folder.bucket, by_key, await list_all(channel, folder))
+    if problems and await commits_in(channel, folder) != commits:
+        raise _changed(folder)
     sound = {key: pieces for key, pieces in by_key.items() if key not in problems}
     spans = [
         (S3Uri(folder.bucket, key), span)
@@ -229,16 +231,20 @@ async def _read_all(
             try:
                 crcs = await downloads.fetch(uri, span.start, [view], views)
             except ObjectNotFoundError as exc:
-                raise CheckpointChangedError(
-                    f"{uri} was deleted while it was being verified: verify again",
-                    bucket=uri.bucket,
-                    key=uri.key,
-                ) from exc
+                raise _changed(uri) from exc
             for want, crc in zip(span.pieces, crcs, strict=True):
                 want.owner.sums.append((want.start, crc, want.end - want.start))
             advance(span.size_bytes)
 
     await wait_all([work] * buffers)
+
+
+def _changed(uri: S3Uri) -> CheckpointChangedError:
+    return CheckpointChangedError(
+        f"{place_of(uri)} was replaced or deleted while it was being verified: verify again",
+        bucket=uri.bucket,
+        key=uri.key,
+    )
 
 
 async def _entries(

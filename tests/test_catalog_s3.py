@@ -409,9 +409,9 @@ class TestGc:
         assert len(s3dcp.list_checkpoints(RUN)) == 2
 
     def test_broken_off_anywhere_it_leaves_whole_checkpoints(self, fake: FakeS3) -> None:
+        names = ["__0_0.distcp", "__1_0.distcp"]
         for broken_at in range(12):
             for step in range(4):
-                names = [f"__{n}_0.distcp" for n in range(2)]
                 put_checkpoint(fake, f"run/step-{step}/", *names, days=9 - step)
             put_data(fake, "run/step-9/", "__0_0.distcp")
             rule = fake.inject(
@@ -568,7 +568,7 @@ class TestVerify:
         with pytest.raises(CheckpointNotFoundError):
             self.verify()
 
-    def test_replaced_meanwhile(self, fake: FakeS3) -> None:
+    def test_an_object_is_deleted_meanwhile(self, fake: FakeS3) -> None:
         save(RUN, {"w": torch.rand(100)})
         [key] = [key for key in fake.keys(BUCKET) if key.endswith(".distcp")]
         fake.inject(
@@ -577,6 +577,23 @@ class TestVerify:
 
         with pytest.raises(CheckpointChangedError, match="verify again"):
             self.verify()
+
+    @pytest.mark.parametrize(("operation", "skip"), [("GetObject", 0), ("ListObjectsV2", 2)])
+    def test_it_is_replaced_meanwhile(self, fake: FakeS3, operation: str, skip: int) -> None:
+        """Before its commit is read it is the new one that counts; after that, nothing is known."""
+        put_checkpoint(fake, "run/", "old.distcp")
+
+        def replace() -> None:
+            put_checkpoint(fake, "run/", "new.distcp", days=0)
+            fake.delete(BUCKET, "run/old.distcp")
+
+        fake.inject(_before(replace), operation=operation, skip=skip)
+
+        if operation == "GetObject":
+            assert self.verify().problems == ()
+        else:
+            with pytest.raises(CheckpointChangedError, match="verify again"):
+                self.verify()
 
 
 def _call(function: Callable[..., Any], uri: str, **kwargs: Any) -> Any:

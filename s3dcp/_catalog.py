@@ -29,6 +29,7 @@ from s3dcp._inventory import (
     place_of,
 )
 from s3dcp._keys import S3Uri, parse_s3_uri
+from s3dcp._publish import exists
 from s3dcp._s3client import S3Client, list_all
 from s3dcp._s3client import delete as delete_object
 from s3dcp._store import ObjectInfo, UploadInfo
@@ -269,11 +270,11 @@ async def _remove(
             send = partial(channel.store.delete, uri, if_match=info.etag)
             try:
                 await channel.request(f"DeleteObject {uri}", send)
-            except PreconditionFailedError:
-                _log.warning("%s was replaced while it was being deleted: it stays", uri)
-                return False
-            except ObjectNotFoundError:
-                pass  # by another, or by an attempt whose answer was lost
+            except (PreconditionFailedError, ObjectNotFoundError):
+                # It is gone if an attempt's answer was lost, or another deleted it.
+                if await exists(channel, uri):
+                    _log.warning("%s was replaced while it was being deleted: it stays", uri)
+                    return False
         return True
 
     dropped = await wait_all([partial(drop, each) for each in checkpoints])

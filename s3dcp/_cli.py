@@ -146,7 +146,7 @@ def inspect(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
     client, place = S3Client(**store), parse_s3_uri(uri)
     entries = client.call(verifying.inspect, place)
     if as_json:
-        _print_json({"bytes": entry.size_bytes, **dataclasses.asdict(entry)} for entry in entries)
+        _print_json(_entry_as_dict(entry) for entry in entries)
         return
     folder = folder_of(place).key
     _print_table(
@@ -256,6 +256,21 @@ def _as_dict(info: CheckpointInfo) -> dict[str, Any]:
         **dataclasses.asdict(info),
         "committed_at": info.committed_at.isoformat() if info.committed_at else None,
         "complete": info.complete,
+    }
+
+
+def _entry_as_dict(entry: verifying.StoredEntry) -> dict[str, Any]:
+    pieces = [dataclasses.asdict(piece) for piece in entry.pieces]
+    for piece in pieces:
+        crc = piece.pop("crc")
+        # As text: 64 bits are more than most readers of JSON keep of a number.
+        piece["crc64nvme"] = None if crc is None else f"{crc:016x}"
+    return {
+        "name": entry.name,
+        "shape": entry.shape,
+        "dtype": entry.dtype,
+        "size_bytes": entry.size_bytes,
+        "pieces": pieces,
     }
 
 

@@ -261,11 +261,12 @@ class TestDelete:
             s3dcp.delete(f"{RUN}/{name}")
         assert fake.keys(BUCKET) == before
 
-    def test_lost_answers(self, fake: FakeS3) -> None:
+    @pytest.mark.parametrize("conditional", [True, None])
+    def test_lost_answers(self, fake: FakeS3, conditional: bool | None) -> None:
         put_checkpoint(fake, "run/", "__0_0.distcp", "__1_0.distcp")
         fake.inject(lost_response(), operation="DeleteObject", times=2)
 
-        s3dcp.delete(RUN)
+        s3dcp.delete(RUN, s3client_config=s3dcp.S3ClientConfig(conditional_writes=conditional))
 
         assert fake.keys(BUCKET) == []
 

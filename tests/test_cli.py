@@ -138,8 +138,8 @@ class TestInspect:
         )
         [piece] = tensor["pieces"]
         assert fake.read(BUCKET, piece["key"])
-        assert tensor["bytes"] == piece["length"] > 8400
-        assert isinstance(piece["crc"], int)
+        assert tensor["size_bytes"] == piece["length"] > 8400
+        assert re.fullmatch("[0-9a-f]{16}", piece["crc64nvme"])
         assert (other["name"], other["shape"], other["dtype"]) == ("step", None, None)
 
 

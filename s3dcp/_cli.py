@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import click
@@ -52,7 +53,8 @@ class _Commands(click.Group):
             raise _Failure(_plain(str(exc))) from exc
         except BrokenPipeError:
             # Nothing more can be written, by the interpreter's exit neither.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
+                os.dup2(nowhere.fileno(), sys.stdout.fileno())
             ctx.exit(_UNREAD)
         except KeyboardInterrupt:
             ctx.exit(_INTERRUPTED)

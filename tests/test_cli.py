@@ -23,7 +23,7 @@ import s3dcp
 from s3dcp import S3StorageWriter
 from s3dcp.__main__ import main
 from s3dcp._cli import cli
-from s3dcp.testing import Drop, FakeS3, Refuse, Stall
+from s3dcp.testing import Call, Drop, FakeS3, Fault, Record, Refuse, Stall
 from tests._catalogs import BUCKET, put_checkpoint, put_data
 
 if TYPE_CHECKING:
@@ -307,6 +307,37 @@ class TestOptions:
             assert not command.get_short_help_str(45).endswith("...")
 
 
+def test_nobody_reads(
+    fake: FakeS3, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_checkpoint(fake, "run/", "__0_0.distcp")
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as out, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        with pytest.raises(SystemExit) as ended:
+            cli(["ls", RUN])
+
+    assert ended.value.code == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c(fake: FakeS3) -> None:
+    """Its status is not that of a damaged checkpoint."""
+    save("step-1", w=torch.ones(300))
+
+    def interrupt(_: Record) -> Fault:
+        os.kill(os.getpid(), signal.SIGINT)
+        return Stall()
+
+    rule = fake.inject(Call(before=interrupt), operation="GetObject", key="*.distcp")
+
+    result = run("verify", f"{RUN}/step-1")
+
+    rule.release()
+    assert (result.exit_code, result.output) == (130, "")
+
+
 def test_without_the_extra(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -350,29 +381,6 @@ class TestProcesses:
         assert out.startswith(f"{RUN}/step-1 is whole")
         assert "%|" in shown
         assert shown.rstrip(" ").endswith("\r")  # the bar is taken away in the end
-
-    def test_nobody_reads(self, fake: FakeS3) -> None:
-        for step in range(3):
-            put_checkpoint(fake, f"run/step-{step}/", "__0_0.distcp")
-        read_end, write_end = os.pipe()
-        os.close(read_end)
-        process = program("ls", RUN, stdout=write_end, stderr=subprocess.PIPE)
-        os.close(write_end)
-        _, errors = process.communicate(timeout=_LIMIT_S)
-
-        assert (process.returncode, errors) == (141, "")
-
-    def test_ctrl_c(self, fake: FakeS3) -> None:
-        """Its status is not that of a damaged checkpoint."""
-        save("step-1", w=torch.ones(300))
-        stalled = fake.inject(Stall(), operation="GetObject", key="*.distcp")
-        process = program("verify", f"{RUN}/step-1", stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        stalled.wait(timeout_s=_LIMIT_S)
-        process.send_signal(signal.SIGINT)
-        out, errors = process.communicate(timeout=_LIMIT_S)
-        stalled.release()
-
-        assert (process.returncode, out, errors) == (130, "", "")
 
     def test_serve_and_ctrl_c(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What it prints can be pasted into another terminal, whose commands then reach it."""

@@ -6,6 +6,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
+from s3dcp import DefaultPrefixStrategy, HexPrefixStrategy, S3PrefixStrategyBase
+from s3dcp._commit import data_name, metadata_name
 from s3dcp._inventory import (
     Checkpoint,
     Contents,
@@ -17,6 +19,7 @@ from s3dcp._inventory import (
     orphans,
     place_of,
     problem_of,
+    rank_of,
     step_of,
 )
 from s3dcp._keys import S3Uri, parse_s3_uri
@@ -119,6 +122,28 @@ class TestFolders:
             "a/b/": ["a/b/__2.metadata", "a/b/__10.metadata"],
             "c/": ["c/.metadata", "c/__0.metadata"],
         }
+
+
+class TestNames:
+    """Those that the writer gives are those that are looked for."""
+
+    @pytest.mark.parametrize("rank", [None, 0, 7, 1023])
+    def test_commits(self, rank: int | None) -> None:
+        key = f"run/{metadata_name(rank)}"
+
+        assert commits_by_folder([listed(key)]) == {"run/": (listed(key),)}
+        assert rank_of(listed(key)) == rank
+
+    @pytest.mark.parametrize(
+        "strategy", [DefaultPrefixStrategy(), HexPrefixStrategy(epoch_num=2, prefix_count=16)]
+    )
+    def test_data(self, strategy: S3PrefixStrategyBase) -> None:
+        names = [data_name(strategy(rank), 0, "abc") for rank in range(12)]
+
+        assert checkpoint("run/", *names).info().ranks == 12
+        assert list(orphans([listed(name) for name in names], [], NOW)) == [
+            listed(name) for name in names
+        ]
 
 
 class TestProblems:

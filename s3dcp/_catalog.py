@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -15,6 +16,7 @@ from s3dcp._errors import (
     CorruptMetadataError,
     ObjectNotFoundError,
     PreconditionFailedError,
+    S3ConfigError,
 )
 from s3dcp._flow import Channel, wait_all
 from s3dcp._inventory import (
@@ -126,7 +128,7 @@ def gc(
         uri: A run's folder. All checkpoints below it count together.
         keep: How many of the newest complete checkpoints stay; None for all.
         grace_s: Seconds for which a data object that no checkpoint names is left alone: a save
-            that is under way may name it yet.
+            that is under way may name it yet. By this machine's clock.
         dry_run: Remove nothing.
         region: The bucket's region.
         s3client_config: Settings of the client.
@@ -135,8 +137,11 @@ def gc(
         What is removed. Objects that a checkpoint above the URI names are not among it.
 
     Raises:
+        S3ConfigError: `keep` is less than 1, or `grace_s` no such time.
         S3Exception: as the store; some of it may have been removed.
     """
+    if keep is not None and keep < 1:
+        raise S3ConfigError(f"keep must be at least 1, or None for all checkpoints, got {keep!r}")
     client = S3Client(region, s3client_config)
     return client.call(_gc, _folder(uri), keep=keep, grace_s=grace_s, dry_run=dry_run)
 
@@ -167,6 +172,13 @@ def abort_uploads(
 
 def _folder(uri: str | os.PathLike[str]) -> S3Uri:
     return folder_of(parse_s3_uri(uri))
+
+
+def _ago(seconds: float) -> datetime:
+    if seconds >= 0:
+        with suppress(OverflowError):  # before the first year
+            return datetime.now(UTC) - timedelta(seconds=seconds)
+    raise S3ConfigError(f"grace_s must be a time in seconds, got {seconds!r}")
 
 
 async def _list(channel: Channel, root: S3Uri) -> list[CheckpointInfo]:
@@ -211,7 +223,7 @@ async def _delete(channel: Channel, root: S3Uri) -> None:
 async def _gc(
     channel: Channel, root: S3Uri, *, keep: int | None, grace_s: float, dry_run: bool
 ) -> Garbage:
-    before = datetime.now(UTC) - timedelta(seconds=grace_s)
+    before = _ago(grace_s)
     found = await survey(channel, root)
     old = doomed(found.checkpoints, keep, found.everywhere)
     lost = list(orphans(found.listing, found.everywhere, before))
@@ -239,7 +251,7 @@ async def _gc(
 async def _abort_uploads(
     channel: Channel, root: S3Uri, *, grace_s: float, dry_run: bool
 ) -> list[UploadInfo]:
-    before = datetime.now(UTC) - timedelta(seconds=grace_s)
+    before = _ago(grace_s)
 
     async def collect() -> list[UploadInfo]:
         found = channel.store.list_uploads(root)

@@ -432,6 +432,17 @@ class TestGc:
             s3dcp.gc(RUN, keep=1, dry_run=False)
             assert len(fake.keys(BUCKET)) == 3
 
+    @pytest.mark.parametrize(
+        "wrong",
+        [{"keep": 0}, {"keep": -1}, {"grace_s": -1}, {"grace_s": 1e15}, {"grace_s": float("nan")}],
+    )
+    def test_arguments_that_cannot_be_meant(self, fake: FakeS3, wrong: dict[str, Any]) -> None:
+        put_checkpoint(fake, "run/", "__0_0.distcp")
+
+        with pytest.raises(s3dcp.S3ConfigError, match="must be"):
+            s3dcp.gc(RUN, dry_run=False, **wrong)
+        assert len(fake.keys(BUCKET)) == 2
+
     def test_commits_are_read_once(self, fake: FakeS3) -> None:
         for step in range(3):
             put_checkpoint(fake, f"run/step-{step}/", "__0_0.distcp", days=9 - step)

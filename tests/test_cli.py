@@ -270,6 +270,7 @@ class TestOptions:
             ["verify", RUN],
             ["gc", RUN, "--keep", "0"],
             ["gc", RUN, "--grace", "1 week"],
+            ["gc", RUN, "--grace", "9999999d"],
             ["no-such-command"],
         ],
         ids=" ".join,

@@ -38,7 +38,8 @@ class CheckpointInfo:
 
     Attributes:
         uri: Its place, `s3://bucket/folder`.
-        committed_at: When its commit was written, by the store's clock: to the second, on S3.
+        committed_at: When its commit was written, by the store's clock and in UTC; to the second,
+            on S3.
         step: The number that its folder's name ends in, if it does.
         ranks: How many ranks wrote objects, if the objects' names tell.
         objects: How many data objects its commits name.
@@ -132,8 +133,9 @@ def step_of(folder: str) -> int | None:
 
 
 def committed(commits: Iterable[ObjectInfo]) -> datetime | None:
-    """Return when the last of a folder's commits was written."""
-    return max((info.last_modified for info in commits if info.last_modified), default=None)
+    """Return when the last of a folder's commits was written, in UTC."""
+    times = (info.last_modified for info in commits if info.last_modified)
+    return max((time.astimezone(UTC) for time in times), default=None)
 
 
 def order_of(folder: str, commits: Iterable[ObjectInfo]) -> tuple[datetime, int, str]:

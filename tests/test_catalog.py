@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
@@ -13,6 +14,7 @@ from s3dcp._inventory import (
     Contents,
     ancestors,
     commits_by_folder,
+    committed,
     doomed,
     folder_of,
     needless,
@@ -209,6 +211,16 @@ class TestInfo:
         )
 
         assert found.info().committed_at == NOW - DAY
+
+    def test_times_are_in_utc(self) -> None:
+        """Stores' are, but botocore turns them into the machine's."""
+        elsewhere = timezone(timedelta(hours=5))
+        commit = replace(listed(".metadata"), last_modified=NOW.astimezone(elsewhere))
+
+        found = committed([commit])
+
+        assert found is not None
+        assert found.isoformat() == NOW.isoformat()
 
 
 class TestOrder:

@@ -1,5 +1,6 @@
 """S3 storage for PyTorch Distributed Checkpoint, on asyncio."""
 
+from s3dcp._catalog import Garbage, abort_uploads, delete, gc, latest, list_checkpoints
 from s3dcp._config import S3ClientConfig
 from s3dcp._constructors import (
     DCPS3ReaderConstructorProtocol,
@@ -35,6 +36,7 @@ from s3dcp._errors import (
     WrongRegionError,
 )
 from s3dcp._filesystem import S3FileSystem
+from s3dcp._inventory import CheckpointInfo
 from s3dcp._prefixes import (
     BinaryPrefixStrategy,
     DefaultPrefixStrategy,
@@ -47,7 +49,7 @@ from s3dcp._ranged_reader import RangedS3Reader
 from s3dcp._reader import S3StorageReader
 from s3dcp._readers import S3Reader, SequentialS3Reader
 from s3dcp._s3client import S3Client
-from s3dcp._store import ObjectInfo
+from s3dcp._store import ObjectInfo, UploadInfo
 from s3dcp._streams import S3Writer
 from s3dcp._writer import S3StorageWriter, StorageMetadata
 
@@ -58,6 +60,15 @@ __all__ = [
     "S3StorageReader",
     "S3StorageWriter",
     "StorageMetadata",
+    # catalog
+    "CheckpointInfo",
+    "Garbage",
+    "UploadInfo",
+    "abort_uploads",
+    "delete",
+    "gc",
+    "latest",
+    "list_checkpoints",
     # files and objects
     "ObjectInfo",
     "S3Client",

@@ -31,7 +31,16 @@ from s3dcp._payload import ViewsPayload
 from s3dcp._portal import offload
 from s3dcp._ranges import MAX_PART_BYTES, GiB, even_ranges
 from s3dcp._receive import receive
-from s3dcp._store import Checksum, Condition, ObjectInfo, Part, Receipt, Scatter, Views
+from s3dcp._store import (
+    Checksum,
+    Condition,
+    ObjectInfo,
+    Part,
+    Receipt,
+    Scatter,
+    UploadInfo,
+    Views,
+)
 
 _log = logging.getLogger("s3dcp.client")
 
@@ -202,9 +211,24 @@ class S3Store:
         with mapped("AbortMultipartUpload", uri):
             await self._call("abort_multipart_upload", uri, UploadId=upload_id, **self._read_args())
 
-    async def delete(self, uri: S3Uri) -> None:
+    async def list_uploads(self, uri: S3Uri) -> AsyncIterator[UploadInfo]:
+        client = await self._opened()
+        pages = client.get_paginator("list_multipart_uploads").paginate(
+            Bucket=uri.bucket, Prefix=uri.key, **self._read_args()
+        )
+        with mapped("ListMultipartUploads", uri):
+            async for page in pages:
+                for entry in page.get("Uploads", ()):
+                    yield UploadInfo(
+                        key=entry["Key"],
+                        upload_id=entry["UploadId"],
+                        initiated=entry.get("Initiated"),
+                    )
+
+    async def delete(self, uri: S3Uri, *, if_match: str | None = None) -> None:
+        condition = if_match if self.conditional_writes else None
         with mapped("DeleteObject", uri):
-            await self._call("delete_object", uri, **self._read_args())
+            await self._call("delete_object", uri, **_given(IfMatch=condition), **self._read_args())
 
     async def copy(self, source: S3Uri, target: S3Uri) -> None:
         info = await self.head(source)

@@ -30,6 +30,15 @@ class ObjectInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UploadInfo:
+    """A multipart upload that has neither been completed nor aborted."""
+
+    key: str
+    upload_id: str
+    initiated: datetime | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Condition:
     """A precondition of a PUT: the key must be absent, or hold the object with this ETag."""
 
@@ -162,8 +171,14 @@ class Store(Protocol):
     async def abort_upload(self, uri: S3Uri, upload_id: str) -> None:
         """Drop an upload and its parts."""
 
-    async def delete(self, uri: S3Uri) -> None:
-        """Delete an object; an absent one is no error."""
+    def list_uploads(self, uri: S3Uri) -> AsyncIterator[UploadInfo]:
+        """Iterate over the unfinished uploads to keys that start with the URI's key."""
+
+    async def delete(self, uri: S3Uri, *, if_match: str | None = None) -> None:
+        """Delete an object; an absent one is no error.
+
+        With `if_match`, and where conditions are honoured: only if it has this ETag.
+        """
 
     async def copy(self, source: S3Uri, target: S3Uri) -> None:
         """Copy an object of any size inside the store."""

@@ -9,7 +9,7 @@ from s3dcp._config import ChecksumName
 from s3dcp._errors import ObjectNotFoundError, PreconditionFailedError
 from s3dcp._flow import Channel, RetryPolicy, Slots
 from s3dcp._keys import S3Uri
-from s3dcp._store import Checksum, Condition, ObjectInfo, Part, Receipt, Scatter, Views
+from s3dcp._store import Checksum, Condition, ObjectInfo, Part, Receipt, Scatter, UploadInfo, Views
 
 Fault = Callable[[str, S3Uri], None]
 
@@ -145,8 +145,15 @@ class MemoryStore:
         self._begin("abort_upload", uri)
         self.uploads.pop(upload_id, None)
 
-    async def delete(self, uri: S3Uri) -> None:
+    async def list_uploads(self, uri: S3Uri) -> AsyncIterator[UploadInfo]:
+        self._begin("list_uploads", uri)
+        for upload_id in sorted(self.uploads):
+            yield UploadInfo(key=uri.key, upload_id=upload_id, initiated=None)
+
+    async def delete(self, uri: S3Uri, *, if_match: str | None = None) -> None:
         self._begin("delete", uri)
+        if if_match is not None and self._found(uri)[1] != if_match:
+            raise PreconditionFailedError("412", status=412)
         self.objects.pop(uri, None)
 
     async def copy(self, source: S3Uri, target: S3Uri) -> None:

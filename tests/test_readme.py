@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 import s3dcp
+from s3dcp._cli import cli
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -181,10 +182,17 @@ class TestCommands:
             for line in block.text.splitlines()
         ]
 
-        assert {command[0] for command in commands} == {"pip", "torchrun"}
+        assert {command[0] for command in commands} == {"pip", "torchrun", "s3dcp"}
         for command in commands:
             if command[0] == "torchrun":
                 _check_script(command[1:])
+            if command[0] == "s3dcp":
+                cli.commands[command[1]].make_context(command[1], command[2:])  # or it raises
+
+    def test_every_command_is_shown(self) -> None:
+        shown = re.findall(r"^s3dcp ([\w-]+)", _README.read_text(encoding="utf-8"), re.MULTILINE)
+
+        assert set(shown) == set(cli.commands)
 
     def test_extras_exist(self) -> None:
         extras = set(re.findall(r"\.\[(\w+)\]", _README.read_text(encoding="utf-8")))

@@ -7,6 +7,7 @@ import secrets
 import ssl
 from collections.abc import Callable
 from concurrent.futures import Future
+from datetime import datetime
 from threading import Thread
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -14,7 +15,7 @@ from typing import Any, Self, TypeVar
 from s3dcp.testing._answers import Blob
 from s3dcp.testing._fake_process import FakeS3Process
 from s3dcp.testing._faults import Fault
-from s3dcp.testing._objects import Bucket, Limits, StoredObject
+from s3dcp.testing._objects import Bucket, Limits, StoredObject, now
 from s3dcp.testing._process import LocalServerError
 from s3dcp.testing._records import Journal, Record, Violation
 from s3dcp.testing._rules import Rule
@@ -279,12 +280,19 @@ class FakeS3:
         """Return an object's bytes."""
         return bytes(self._on_loop(lambda: self._s3.buckets[bucket].objects[key].blob))
 
-    def write(self, bucket: str, key: str, data: bytes) -> None:
-        """Put an object without a request: as another client would, or to damage it."""
+    def write(
+        self, bucket: str, key: str, data: bytes, *, modified: datetime | None = None
+    ) -> None:
+        """Put an object without a request: as another client would, to damage it, or at a time."""
         blob = Blob.of(data)
 
         def put() -> None:
-            stored = StoredObject(blob=blob, etag=self._s3.etag(blob), headers={})
+            stored = StoredObject(
+                blob=blob,
+                etag=self._s3.etag(blob),
+                headers={},
+                modified=modified or now(),
+            )
             self._s3.buckets[bucket].objects[key] = stored
 
         self._on_loop(put)

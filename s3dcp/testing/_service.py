@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import TypeVar
 from weakref import WeakSet
 
@@ -60,11 +61,12 @@ class Service:
     _router: Router = field(default_factory=Router)
     _connections: WeakSet[Connection] = field(default_factory=WeakSet)
     _loop: asyncio.AbstractEventLoop | None = None
+    _thread_id: int | None = None
     _stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self, listening: Future[int]) -> None:
         """Serve until `stop`; `listening` is told the port, or why there is none."""
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._thread_id = asyncio.get_running_loop(), get_ident()
         try:
             server = await self._loop.create_server(
                 self._accept, sock=_bound(self.link), ssl=self.link.ssl_context, backlog=_BACKLOG
@@ -92,8 +94,13 @@ class Service:
         self._loop.call_soon_threadsafe(self._stopping.set)
 
     def call(self, function: Callable[[], T]) -> T:
-        """Return what a function returns on the loop, where nothing else happens meanwhile."""
+        """Return what a function returns on the loop, where nothing else happens meanwhile.
+
+        On the loop itself too: the functions of a rule may look at what is stored, and change it.
+        """
         assert self._loop is not None
+        if get_ident() == self._thread_id:
+            return function()
 
         async def called() -> T:
             return function()

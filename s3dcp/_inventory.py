@@ -1,0 +1,255 @@
+"""What lies under a URI: which objects belong to which checkpoint, and which to none.
+
+A checkpoint is a folder with a commit: `.metadata`, or a `__{rank}.metadata` of each rank that
+saved without collectives. Objects belong to it because its commits name them, wherever below the
+folder they lie; a name alone says nothing. So
+
+- a checkpoint is complete if all that its commits name is there and long enough;
+- `*.distcp` that no commit names is an orphan: what a save that failed or was killed has left, or
+  one that is still under way has written, which its age alone tells apart;
+- a commit that cannot be read may name anything below its folder, all of which is left alone.
+
+A folder's key ends with a slash; the bucket's own is empty.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import count
+
+from s3dcp._commit import METADATA_NAME, deletions
+from s3dcp._keys import S3Uri
+from s3dcp._store import ObjectInfo
+
+_COMMIT = re.compile(rf"(?:__(?P<rank>\d+))?{re.escape(METADATA_NAME)}")
+_RANK = re.compile(r"__(\d+)_")
+_STEP = re.compile(r"(\d+)/$")
+_DATA_SUFFIX = ".distcp"
+_EARLIEST = datetime.min.replace(tzinfo=UTC)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointInfo:
+    """What is known of a checkpoint without loading it.
+
+    Attributes:
+        uri: Its place, `s3://bucket/folder`.
+        committed_at: When its commit was written, by the store's clock and in UTC; to the second,
+            on S3.
+        step: The number that its folder's name ends in, if it does.
+        ranks: How many ranks wrote objects, if the objects' names tell.
+        objects: How many data objects its commits name.
+        tensors: How many tensors they describe.
+        size_bytes: The size of the data objects, as its commits have it.
+        problem: What keeps it from being loaded; None if it is complete.
+    """
+
+    uri: str
+    committed_at: datetime | None
+    step: int | None
+    ranks: int | None
+    objects: int
+    tensors: int
+    size_bytes: int
+    problem: str | None
+
+    @property
+    def complete(self) -> bool:
+        """Whether every object that it names is there, and long enough."""
+        return self.problem is None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What the commits of a folder say.
+
+    Attributes:
+        least_bytes: For each key that they name, how many bytes the object has at the least.
+        tensors: How many tensors they describe.
+        unreadable: Why one of them cannot be read; it may name anything below the folder.
+    """
+
+    least_bytes: Mapping[str, int]
+    tensors: int
+    unreadable: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A folder, the commits in it, and what they say."""
+
+    folder: S3Uri
+    commits: tuple[ObjectInfo, ...]
+    contents: Contents
+    problem: str | None
+
+    @property
+    def order(self) -> tuple[datetime, int, str]:
+        """What checkpoints are sorted by."""
+        return order_of(self.folder.key, self.commits)
+
+    def info(self) -> CheckpointInfo:
+        """Return it as users see it."""
+        names = map(posixpath.basename, self.contents.least_bytes)
+        ranks = {int(match[1]) for name in names if (match := _RANK.match(name))}
+        return CheckpointInfo(
+            uri=str(place_of(self.folder)),
+            committed_at=committed(self.commits),
+            step=step_of(self.folder.key),
+            ranks=len(ranks) or None,
+            objects=len(self.contents.least_bytes),
+            tensors=self.contents.tensors,
+            size_bytes=sum(self.contents.least_bytes.values()),
+            problem=self.problem,
+        )
+
+
+def folder_of(uri: S3Uri) -> S3Uri:
+    """Return the folder that a checkpoint's URI stands for."""
+    slashed = not uri.key or uri.key.endswith("/")
+    return uri if slashed else S3Uri(uri.bucket, f"{uri.key}/")
+
+
+def place_of(folder: S3Uri) -> S3Uri:
+    """Return the URI that stands for a folder: without its slash, where that is the same place."""
+    key = folder.key.removesuffix("/")
+    return folder if not key or key.endswith("/") else S3Uri(folder.bucket, key)
+
+
+def ancestors(folder: str) -> list[str]:
+    """Return the folders that a folder lies in, the bucket's own first."""
+    ends = [0, *(match.end() for match in re.finditer("/", folder))]
+    return [folder[:end] for end in ends if end < len(folder)]
+
+
+def step_of(folder: str) -> int | None:
+    """Return the number that a folder's name ends in."""
+    match = _STEP.search(folder)
+    return int(match[1]) if match else None
+
+
+def committed(commits: Iterable[ObjectInfo]) -> datetime | None:
+    """Return when the last of a folder's commits was written, in UTC."""
+    times = (info.last_modified for info in commits if info.last_modified)
+    return max((time.astimezone(UTC) for time in times), default=None)
+
+
+def order_of(folder: str, commits: Iterable[ObjectInfo]) -> tuple[datetime, int, str]:
+    """Sort a folder by the time of its commit, and by step where that is the same second."""
+    step = step_of(folder)
+    return committed(commits) or _EARLIEST, -1 if step is None else step, folder
+
+
+def rank_of(commit: ObjectInfo) -> int | None:
+    """Return the rank whose own commit this is."""
+    match = _COMMIT.fullmatch(posixpath.basename(commit.key))
+    return int(match["rank"]) if match and match["rank"] else None
+
+
+def commits_by_folder(listing: Iterable[ObjectInfo]) -> dict[str, tuple[ObjectInfo, ...]]:
+    """Return the commits of each folder that has any, `.metadata` first, then by rank."""
+    found: dict[str, list[ObjectInfo]] = {}
+    for info in listing:
+        folder, slash, name = info.key.rpartition("/")
+        if _COMMIT.fullmatch(name):
+            found.setdefault(folder + slash, []).append(info)
+    return {folder: tuple(sorted(commits, key=_commit_order)) for folder, commits in found.items()}
+
+
+def _commit_order(info: ObjectInfo) -> int:
+    rank = rank_of(info)
+    return -1 if rank is None else rank
+
+
+def problem_of(
+    commits: Iterable[ObjectInfo], contents: Contents, sizes: Mapping[str, int]
+) -> str | None:
+    """Return what keeps a checkpoint from being loaded, if anything does.
+
+    How many ranks saved without collectives is not written down: only a gap among their commits
+    shows, and not a missing last one.
+
+    Args:
+        commits: Those of the folder.
+        contents: What they say.
+        sizes: The size of each object that is there, by key.
+    """
+    if contents.unreadable:
+        return contents.unreadable
+    ranks = {rank_of(info) for info in commits}
+    if None not in ranks and (absent := next(n for n in count() if n not in ranks)) < len(ranks):
+        return f"rank {absent} did not commit"
+    missing = sorted(key for key in contents.least_bytes if key not in sizes)
+    if missing:
+        return f"missing: {_some(missing)}"
+    short = sorted(key for key, least in contents.least_bytes.items() if sizes[key] < least)
+    if short:
+        return f"cut short: {_some(short)}"
+    return None
+
+
+def doomed(
+    checkpoints: Iterable[Checkpoint], keep: int | None, everywhere: Iterable[Checkpoint]
+) -> list[Checkpoint]:
+    """Return the checkpoints that are older than the newest `keep` complete ones.
+
+    None where there are fewer of those. Those in the folder of one that cannot be read stay.
+
+    Args:
+        checkpoints: Those to choose from.
+        keep: How many complete ones stay; None for all.
+        everywhere: All of them, and those in folders above.
+    """
+    found = sorted(checkpoints, key=lambda each: each.order, reverse=True)
+    complete = [each for each in found if each.problem is None]
+    if keep is None or len(complete) <= keep:
+        return []
+    oldest = complete[keep - 1].order
+    _, sealed = _claims(everywhere)
+    return [
+        each for each in found if each.order < oldest and not each.folder.key.startswith(sealed)
+    ]
+
+
+def needless(removed: Iterable[Checkpoint], others: Iterable[Checkpoint]) -> list[str]:
+    """Return the keys that removed checkpoints named, and that no other one may need."""
+    named, _ = _claims(removed)
+    kept, sealed = _claims(others)
+    return [key for key in deletions(named, kept) if not key.startswith(sealed)]
+
+
+def orphans(
+    listing: Iterable[ObjectInfo], checkpoints: Iterable[Checkpoint], before: datetime
+) -> Iterator[ObjectInfo]:
+    """Return the data objects that no checkpoint names, written before a moment.
+
+    Args:
+        listing: The objects to choose from.
+        checkpoints: Every checkpoint that may name one: at, below and above them.
+        before: Younger ones may belong to a save that is under way.
+    """
+    named, sealed = _claims(checkpoints)
+    for info in listing:
+        if (
+            info.key.endswith(_DATA_SUFFIX)
+            and info.key not in named
+            and not info.key.startswith(sealed)
+            and info.last_modified is not None
+            and info.last_modified <= before
+        ):
+            yield info
+
+
+def _claims(checkpoints: Iterable[Checkpoint]) -> tuple[set[str], tuple[str, ...]]:
+    """Return the keys that checkpoints name, and the folders that may be named as a whole."""
+    found = list(checkpoints)
+    named = {key for each in found for key in each.contents.least_bytes}
+    return named, tuple(each.folder.key for each in found if each.contents.unreadable)
+
+
+def _some(keys: list[str]) -> str:
+    return keys[0] + (f" and {len(keys) - 1} more" if len(keys) > 1 else "")

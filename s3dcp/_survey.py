@@ -1,0 +1,201 @@
+"""Reads what lies under a URI: one listing, and the commits that it shows."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from s3dcp._commit import METADATA_NAME
+from s3dcp._errors import (
+    AccessDeniedError,
+    CheckpointNotFoundError,
+    CorruptMetadataError,
+    InvalidS3UriError,
+)
+from s3dcp._flow import Channel, wait_all
+from s3dcp._inventory import (
+    Checkpoint,
+    Contents,
+    ancestors,
+    commits_by_folder,
+    place_of,
+    problem_of,
+)
+from s3dcp._keys import S3Uri, child_key
+from s3dcp._metadata import load_metadata
+from s3dcp._portal import offload
+from s3dcp._publish import read
+from s3dcp._s3client import list_all
+from s3dcp._store import ObjectInfo
+
+_log = logging.getLogger("s3dcp.catalog")
+
+# Commits are small, and there may be thousands: several are fetched at once, while a single one is
+# unpickled, which takes ten times its size in memory.
+_READ_AT_ONCE = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Survey:
+    """What was found.
+
+    Attributes:
+        listing: Every object at and below the URI.
+        checkpoints: Those at and below it, in their order.
+        everywhere: These, and those above it, which may name objects below.
+    """
+
+    listing: Sequence[ObjectInfo]
+    checkpoints: Sequence[Checkpoint]
+    everywhere: Sequence[Checkpoint]
+
+
+async def survey(
+    channel: Channel, root: S3Uri, known: Iterable[Checkpoint] = (), *, look_above: bool = True
+) -> Survey:
+    """List what is there, and read the commits that are not known yet."""
+    listing = await list_all(channel, root)
+    found = commits_by_folder(listing)
+    above = [S3Uri(root.bucket, folder) for folder in ancestors(root.key) if look_above]
+    commits_above = await wait_all([partial(_commits_above, channel, uri) for uri in above])
+    found |= {uri.key: commits for uri, commits in zip(above, commits_above, strict=True)}
+    reader = CommitReader(channel, listing, known)
+    read_all = await wait_all(
+        [partial(reader.checkpoint, S3Uri(root.bucket, folder), found[folder]) for folder in found]
+    )
+    everywhere = sorted(
+        (each for each in read_all if each is not None), key=lambda each: each.order
+    )
+    return Survey(
+        listing=listing,
+        checkpoints=[each for each in everywhere if each.folder not in above],
+        everywhere=everywhere,
+    )
+
+
+async def _commits_above(channel: Channel, folder: S3Uri) -> tuple[ObjectInfo, ...]:
+    try:
+        return await commits_in(channel, folder)
+    except AccessDeniedError as exc:
+        # Who may not look there does not save there.
+        _log.warning("not looked for checkpoints in %s: %s", folder, exc)
+        return ()
+
+
+async def commits_in(channel: Channel, folder: S3Uri) -> tuple[ObjectInfo, ...]:
+    """Return the commits that lie directly in a folder, without listing what is below it."""
+    prefixes = [S3Uri(folder.bucket, f"{folder.key}{name}") for name in (METADATA_NAME, "__")]
+    found = await wait_all(
+        [partial(list_all, channel, prefix, delimiter="/") for prefix in prefixes]
+    )
+    return commits_by_folder(info for listing in found for info in listing).get(folder.key, ())
+
+
+class CommitReader:
+    """Reads what commits say.
+
+    Args:
+        channel: The client's.
+        listing: The objects that are there.
+        known: What has been read before.
+    """
+
+    def __init__(
+        self, channel: Channel, listing: Iterable[ObjectInfo], known: Iterable[Checkpoint] = ()
+    ) -> None:
+        self._channel = channel
+        self._sizes = {info.key: info.size_bytes for info in listing}
+        self._known = {each.commits: each.contents for each in known}
+        self._reading = asyncio.Semaphore(_READ_AT_ONCE)
+        self._unpickling = asyncio.Lock()
+
+    async def checkpoint(self, folder: S3Uri, commits: tuple[ObjectInfo, ...]) -> Checkpoint | None:
+        """Return the checkpoint in a folder, or None if it is gone by now."""
+        sizes: Mapping[str, int] = self._sizes
+        contents = self._known.get(commits)
+        if contents is None:
+            async with self._reading:
+                contents, etags = await self._contents(folder, commits)
+            if etags != {info.key: info.etag for info in commits}:
+                # Replaced or deleted since it was listed, and with it what it names.
+                listing = await list_all(self._channel, folder)
+                sizes = {info.key: info.size_bytes for info in listing}
+                commits = tuple(
+                    replace(info, etag=etags[info.key])
+                    for info in commits_by_folder(listing).get(folder.key, ())
+                    if info.key in etags
+                )
+        if not commits:
+            return None
+        problem = problem_of(commits, contents, sizes)
+        return Checkpoint(folder=folder, commits=commits, contents=contents, problem=problem)
+
+    async def _contents(
+        self, folder: S3Uri, commits: tuple[ObjectInfo, ...]
+    ) -> tuple[Contents, dict[str, str | None]]:
+        """Return what the commits that are still there say, and their ETags."""
+        summary = _Summary(folder)
+        etags = {}
+        for info in commits:
+            uri = S3Uri(folder.bucket, info.key)
+            found = await read(self._channel, uri)
+            if found is not None:
+                etags[info.key] = found.etag
+                async with self._unpickling:
+                    await offload(summary.add, found.body, uri)
+        return summary.contents(), etags
+
+
+@dataclass(slots=True)
+class _Summary:
+    """What is kept of a folder's metadata, which is large."""
+
+    folder: S3Uri
+    least_bytes: dict[str, int] = field(default_factory=dict)
+    tensors: set[str] = field(default_factory=set)
+    unreadable: str | None = None
+
+    def add(self, body: bytes | bytearray, uri: S3Uri) -> None:
+        """Take note of a commit."""
+        try:
+            metadata = load_metadata(body, source=str(uri))
+            for name, end in ends_of(metadata).items():
+                key = child_key(self.folder.key, name, source=str(uri))
+                self.least_bytes[key] = max(self.least_bytes.get(key, 0), end)
+        except (CorruptMetadataError, InvalidS3UriError) as exc:
+            self.unreadable = str(exc)
+            return
+        self.tensors.update(
+            fqn
+            for fqn, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+        )
+
+    def contents(self) -> Contents:
+        return Contents(
+            least_bytes=self.least_bytes, tensors=len(self.tensors), unreadable=self.unreadable
+        )
+
+
+def ends_of(metadata: Metadata) -> dict[str, int]:
+    """Return where the last item of each object ends, by the object's name."""
+    ends: dict[str, int] = {}
+    for info in metadata.storage_data.values():
+        end = info.offset + info.length
+        if end >= ends.get(info.relative_path, 0):
+            ends[info.relative_path] = end
+    return ends
+
+
+def no_checkpoint(folder: S3Uri) -> CheckpointNotFoundError:
+    """Return the error for a folder without a commit."""
+    return CheckpointNotFoundError(
+        f"No checkpoint at {place_of(folder)}: there is no {folder}.metadata",
+        bucket=folder.bucket,
+        key=folder.key,
+    )

@@ -1,0 +1,403 @@
+"""The command line: as a person runs it, in a terminal and in scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from click.testing import CliRunner, Result
+
+import s3dcp
+from s3dcp import S3StorageWriter
+from s3dcp.__main__ import main
+from s3dcp._cli import cli
+from s3dcp.testing import Call, Drop, FakeS3, Fault, Record, Refuse, Stall
+from tests._catalogs import BUCKET, put_checkpoint, put_data
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+RUN = f"s3://{BUCKET}/run"
+_LIMIT_S = 60
+
+
+@pytest.fixture(scope="module")
+def _fake() -> Iterator[FakeS3]:
+    with FakeS3() as server:
+        yield server
+
+
+@pytest.fixture
+def fake(_fake: FakeS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
+    for name, value in _fake.environ().items():
+        monkeypatch.setenv(name, value)
+    _fake.forget()
+    _fake.create_bucket(BUCKET)
+    yield _fake
+    for key in _fake.keys(BUCKET):
+        _fake.delete(BUCKET, key)
+    _fake.check()
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, arguments, prog_name="s3dcp")
+
+
+def save(name: str, **tensors: torch.Tensor) -> None:
+    writer = S3StorageWriter(None, f"{RUN}/{name}")
+    dcp.save({"model": tensors, "step": 7}, storage_writer=writer, no_dist=True)
+
+
+class TestLs:
+    def test_a_table(self, fake: FakeS3) -> None:
+        save("step-10", w=torch.ones(1000))
+        put_checkpoint(fake, "run/step-9/", "__0_0.distcp", "__1_0.distcp")
+        fake.delete(BUCKET, "run/step-9/__1_0.distcp")
+
+        result = run("ls", RUN)
+
+        assert (result.exit_code, result.stderr) == (0, "")
+        head, *rows = result.stdout.splitlines()
+        assert head.split() == [
+            *("COMMITTED", "STEP", "RANKS", "TENSORS", "SIZE", "CHECKPOINT", "STATE")
+        ]
+        assert [row.split()[2:] for row in rows] == [
+            f"9 2 2 20 B {RUN}/step-9 incomplete: missing: run/step-9/__1_0.distcp".split(),
+            ["10", "1", "1", rows[1].split()[5], "KiB", f"{RUN}/step-10", "complete"],
+        ]
+        assert rows[0].index(RUN) == rows[1].index(RUN)
+
+    def test_json(self, fake: FakeS3) -> None:
+        put_checkpoint(fake, "run/step-9/", "__0_0.distcp")
+
+        [row] = json.loads(run("ls", "--json", RUN).stdout)
+
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", row.pop("committed_at"))
+        assert row == {
+            "uri": f"{RUN}/step-9",
+            "step": 9,
+            "ranks": 1,
+            "objects": 1,
+            "tensors": 1,
+            "size_bytes": 10,
+            "problem": None,
+            "complete": True,
+        }
+
+    def test_nothing(self, fake: FakeS3) -> None:
+        assert run("ls", "--json", RUN).stdout == "[]\n"
+        assert run("ls", RUN).exit_code == 0
+
+    def test_names_cannot_steer_the_terminal(self, fake: FakeS3) -> None:
+        put_checkpoint(fake, "run/\x1b[2J/", "__0_0.distcp")
+
+        assert f"{RUN}/\\x1b[2J" in run("ls", RUN).stdout
+
+
+class TestInspect:
+    def test_a_table(self, fake: FakeS3) -> None:
+        save("step-1", w=torch.ones(300, 7), b=torch.tensor(1, dtype=torch.bfloat16))
+
+        result = run("inspect", f"{RUN}/step-1")
+
+        assert result.exit_code == 0
+        [key] = [key for key in fake.keys(BUCKET) if key.endswith(".distcp")]
+        file = key.removeprefix("run/step-1/")
+        rows = [row.split() for row in result.stdout.splitlines()]
+        assert [[*row[:3], row[-1]] for row in rows] == [
+            ["NAME", "SHAPE", "DTYPE", "FILE"],
+            ["model.b", "scalar", "bfloat16", file],
+            ["model.w", "300x7", "float32", file],
+            ["step", "-", "-", file],
+        ]
+
+    def test_json(self, fake: FakeS3) -> None:
+        save("step-1", w=torch.ones(300, 7))
+
+        tensor, other = json.loads(run("inspect", "--json", f"{RUN}/step-1").stdout)
+
+        assert (tensor["name"], tensor["shape"], tensor["dtype"]) == (
+            "model.w",
+            [300, 7],
+            "float32",
+        )
+        [piece] = tensor["pieces"]
+        assert fake.read(BUCKET, piece["key"])
+        assert tensor["size_bytes"] == piece["length"] > 8400
+        assert re.fullmatch("[0-9a-f]{16}", piece["crc64nvme"])
+        assert (other["name"], other["shape"], other["dtype"]) == ("step", None, None)
+
+
+class TestVerify:
+    def test_whole(self, fake: FakeS3) -> None:
+        save("step-1", w=torch.ones(300))
+
+        result = run("verify", f"{RUN}/step-1")
+
+        assert (result.exit_code, result.stderr) == (0, "")  # and no bar, off a terminal
+        assert result.stdout.startswith(
+            f"{RUN}/step-1 is whole: 1 objects, 2 items compared with their checksums ("
+        )
+
+    def test_without_checksums(self, fake: FakeS3) -> None:
+        put_checkpoint(fake, "run/", "__0_0.distcp")
+
+        result = run("verify", RUN)
+
+        assert result.exit_code == 0
+        assert "1 items have no checksum: their sizes were checked" in result.stdout
+
+    def test_damaged(self, fake: FakeS3) -> None:
+        save("step-1", w=torch.ones(300))
+        [key] = [key for key in fake.keys(BUCKET) if key.endswith(".distcp")]
+        data = bytearray(fake.read(BUCKET, key))
+        data[-1000] ^= 4
+        fake.write(BUCKET, key, bytes(data))
+
+        result = run("verify", f"{RUN}/step-1")
+
+        assert result.exit_code == 1
+        assert "of 'model.w', differ from those that were saved" in result.stdout
+
+    def test_it_could_not_be_found_out(self, fake: FakeS3) -> None:
+        save("step-1", w=torch.ones(300))
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key="*.distcp", times=None)
+
+        result = run("verify", f"{RUN}/step-1")
+
+        assert result.exit_code == 2
+        assert result.stderr.startswith("Error: GetObject s3://")
+        assert run("verify", f"{RUN}/step-2").exit_code == 2
+
+
+class TestGc:
+    def test_a_dry_run_tells_and_delete_does(self, fake: FakeS3) -> None:
+        for step in (1, 2, 3):
+            put_checkpoint(fake, f"run/step-{step}/", "__0_0.distcp", days=9 - step)
+        put_data(fake, "run/step-4/", "__0_0.distcp", days=2)
+        put_data(fake, "run/step-5/", "__0_0.distcp", days=0.5)
+        lines = [
+            f"checkpoint {RUN}/step-2 (10 B)",
+            f"checkpoint {RUN}/step-1 (10 B)",
+            f"object {RUN}/step-4/__0_0.distcp (10 B)",
+        ]
+
+        told = run("gc", RUN, "--keep", "1")
+        assert told.exit_code == 0
+        assert told.stdout.splitlines() == [f"would delete {line}" for line in lines]
+        assert "repeat it with --delete" in told.stderr
+        assert len(fake.keys(BUCKET)) == 8
+
+        assert run("gc", RUN).stdout.splitlines() == [f"would delete {lines[-1]}"]
+
+        done = run("gc", RUN, "--keep", "1", "--delete")
+        assert done.exit_code == 0
+        assert done.stdout.splitlines() == [f"deleted {line}" for line in lines]
+        assert fake.keys(BUCKET) == [
+            "run/step-3/.metadata",
+            "run/step-3/__0_0.distcp",
+            "run/step-5/__0_0.distcp",
+        ]
+        assert run("gc", RUN, "--delete").stdout == ""
+
+    @pytest.mark.parametrize(
+        ("grace", "found"), [("11h", 1), ("13h", 0), ("0.1d", 1), ("750m", 0), ("43100s", 1)]
+    )
+    def test_grace(self, fake: FakeS3, grace: str, found: int) -> None:
+        put_data(fake, "run/", "__0_0.distcp", days=0.5)
+
+        assert len(run("gc", RUN, "--grace", grace).stdout.splitlines()) == found
+
+    def test_metadata_that_cannot_be_read_is_told_of(self, fake: FakeS3) -> None:
+        put_data(fake, "run/", ".metadata", "__0_0.distcp")
+
+        result = run("gc", RUN, "--delete")
+
+        assert (result.exit_code, result.stdout) == (0, "")
+        assert result.stderr.startswith(f"Left alone, with all below it: {RUN}: ")
+        assert len(fake.keys(BUCKET)) == 2
+
+
+class TestAbortUploads:
+    def test_a_dry_run_tells_and_delete_does(self, fake: FakeS3) -> None:
+        fake.inject(Drop(), operation="AbortMultipartUpload", times=None)
+        fake.inject(Refuse("AccessDenied"), operation="UploadPart", times=None)
+        with pytest.raises(BaseException, match="AccessDenied"):
+            save("step-1", w=torch.ones(8 << 20))
+        fake.forget()
+        [key] = fake.uploads(BUCKET).values()
+
+        assert run("abort-uploads", RUN).stdout == ""  # it is younger than a day
+        told = run("abort-uploads", RUN, "--grace", "0s")
+        assert told.stdout == f"would abort upload s3://{BUCKET}/{key}\n"
+        assert fake.uploads(BUCKET)
+
+        done = run("abort-uploads", RUN, "--grace", "0s", "--delete")
+
+        assert done.stdout == f"aborted upload s3://{BUCKET}/{key}\n"
+        assert fake.uploads(BUCKET) == {}
+
+
+class TestOptions:
+    def test_the_version(self) -> None:
+        assert run("--version").stdout == f"s3dcp {s3dcp.__version__}\n"
+
+    @pytest.mark.parametrize(
+        "arguments",
+        [
+            ["ls"],
+            ["ls", "/a/file"],
+            ["ls", "s3://"],
+            ["ls", "s3://nowhere/run"],
+            ["ls", RUN, "--endpoint-url", "ftp://host"],
+            ["ls", RUN, "--profile", "nobody"],
+            ["inspect", RUN],
+            ["verify", RUN],
+            ["gc", RUN, "--keep", "0"],
+            ["gc", RUN, "--grace", "1 week"],
+            ["gc", RUN, "--grace", "9999999d"],
+            ["no-such-command"],
+        ],
+        ids=" ".join,
+    )
+    def test_what_cannot_be_done_is_one_line_and_status_2(
+        self, fake: FakeS3, arguments: list[str]
+    ) -> None:
+        result = run(*arguments)
+
+        assert (result.exit_code, result.stdout) == (2, "")
+        *usage, error = result.stderr.splitlines()
+        assert error.startswith("Error: ")
+        assert all(line.startswith(("Usage:", "Try ")) or not line for line in usage)
+
+    def test_the_store(self, fake: FakeS3, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+        put_checkpoint(fake, "run/", "__0_0.distcp")
+        credentials = tmp_path / "credentials"
+        credentials.write_text(
+            f"[me]\naws_access_key_id={fake.access_key}\naws_secret_access_key={fake.secret_key}\n"
+        )
+        for name in fake.environ():
+            monkeypatch.delenv(name)
+        monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(credentials))
+        store = ["--region", fake.region, "--endpoint-url", fake.endpoint_url]
+
+        result = run("ls", RUN, *store, "--profile", "me", "--path-style", "--json")
+
+        assert [row["uri"] for row in json.loads(result.stdout)] == [RUN]
+
+    def test_help_names_every_command(self) -> None:
+        text = run("--help").stdout
+        for name, command in cli.commands.items():
+            assert f"  {name} " in text
+            assert command.get_short_help_str(80).endswith(".")
+            assert not command.get_short_help_str(45).endswith("...")
+
+
+def test_nobody_reads(
+    fake: FakeS3, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    put_checkpoint(fake, "run/", "__0_0.distcp")
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    with os.fdopen(write_end, "w") as out, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", out)
+        with pytest.raises(SystemExit) as ended:
+            cli(["ls", RUN])
+
+    assert ended.value.code == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_ctrl_c(fake: FakeS3) -> None:
+    """Its status is not that of a damaged checkpoint."""
+    save("step-1", w=torch.ones(300))
+
+    def interrupt(_: Record) -> Fault:
+        os.kill(os.getpid(), signal.SIGINT)
+        return Stall()
+
+    rule = fake.inject(Call(before=interrupt), operation="GetObject", key="*.distcp")
+
+    result = run("verify", f"{RUN}/step-1")
+
+    rule.release()
+    assert (result.exit_code, result.output) == (130, "")
+
+
+def test_without_the_extra(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "s3dcp._cli")
+    monkeypatch.setitem(sys.modules, "click", None)
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+
+    assert ended.value.code == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", 's3dcp: click is missing: pip install "s3dcp[cli]"\n')
+
+
+@contextmanager
+def terminal() -> Iterator[tuple[int, int]]:
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, 80))
+    os.set_blocking(ours, False)
+    try:
+        yield ours, theirs
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def program(*arguments: str, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "s3dcp", *arguments]
+    return subprocess.Popen(command, text=True, **options)
+
+
+class TestProcesses:
+    def test_a_bar_on_a_terminal(self, fake: FakeS3) -> None:
+        save("step-1", w=torch.ones(1 << 20))
+        with terminal() as (ours, theirs):
+            process = program("verify", f"{RUN}/step-1", stdout=subprocess.PIPE, stderr=theirs)
+            out, _ = process.communicate(timeout=_LIMIT_S)
+            shown = os.read(ours, 1 << 16).decode()
+
+        assert process.returncode == 0
+        assert out.startswith(f"{RUN}/step-1 is whole")
+        assert "%|" in shown
+        assert shown.rstrip(" ").endswith("\r")  # the bar is taken away in the end
+
+    def test_serve_and_ctrl_c(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """What it prints can be pasted into another terminal, whose commands then reach it."""
+        with terminal() as (ours, theirs):
+            process = program(
+                "serve", "--port", "0", "--bucket", BUCKET, stdin=theirs, stdout=theirs
+            )
+            text = ""
+            while text.count("\n") < 5:
+                assert select.select([ours], [], [], _LIMIT_S)[0]
+                text += os.read(ours, 1 << 16).decode()
+            for name, value in re.findall(r"^export (\w+)=(\S+)\r$", text, re.MULTILINE):
+                monkeypatch.setenv(name, value)
+
+            save("step-1", w=torch.ones(3))
+            assert json.loads(run("ls", RUN, "--json").stdout)[0]["complete"]
+
+            process.send_signal(signal.SIGINT)
+            assert process.wait(_LIMIT_S) == 0

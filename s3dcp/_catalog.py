@@ -261,11 +261,11 @@ async def _abort_uploads(
         uri = S3Uri(root.bucket, info.key)
         send = partial(channel.store.abort_upload, uri, info.upload_id)
         try:
-            await channel.request(f"AbortMultipartUpload {uri}", send)
+            await channel.request("AbortMultipartUpload", uri, send)
         except ObjectNotFoundError:
             _log.debug("upload %s of %s has ended by itself", info.upload_id, uri)
 
-    uploads = await channel.request(f"ListMultipartUploads {root}", collect)
+    uploads = await channel.request("ListMultipartUploads", root, collect)
     if not dry_run:
         await wait_all([partial(abort, info) for info in uploads])
     return uploads
@@ -281,7 +281,7 @@ async def _remove(
             uri = S3Uri(each.folder.bucket, info.key)
             send = partial(channel.store.delete, uri, if_match=info.etag)
             try:
-                await channel.request(f"DeleteObject {uri}", send)
+                await channel.request("DeleteObject", uri, send)
             except (PreconditionFailedError, ObjectNotFoundError):
                 # It is gone if an attempt's answer was lost, or another deleted it.
                 if await exists(channel, uri):

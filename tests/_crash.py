@@ -11,6 +11,7 @@ each request over a pipe just before they send it.
 
 from __future__ import annotations
 
+import asyncio
 import multiprocessing
 import os
 import signal
@@ -25,6 +26,7 @@ from multiprocessing.connection import wait
 from tempfile import TemporaryDirectory
 from threading import Event
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from unittest import mock
 from urllib.parse import unquote, urlsplit
 
 import torch
@@ -35,7 +37,7 @@ from botocore.exceptions import ClientError
 
 from s3dcp import S3ClientConfig, S3StorageWriter, _client
 from s3dcp.testing import Call, Drop, Exchange, FakeS3, Fault, Record
-from tests._states import MiB, StateDict, fill
+from tests._states import KiB, MiB, StateDict, fill
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 Moment = Literal["before", "middle", "after"]
 
 _TIMEOUT_S = 30.0
+_PART_BYTES = 5 * MiB
+_LARGE_WORDS = (8 * MiB + 64 * KiB) // 8  # of 64 bits: two parts; 8 MiB would be a single PUT
 _numbers = count()
 
 
@@ -93,15 +97,16 @@ class Job:
         first: StateDict = {"a": fill((40, 16), seed=self.seed), "step": self.seed}
         last: StateDict = {"b": fill((300,), torch.bfloat16, self.seed)}
         if self.large:
-            last["large"] = fill((6 * MiB,), torch.uint8, self.seed)
+            last["large"] = torch.arange(_LARGE_WORDS) * (2 * self.seed + 1)
         if rank is None or self.ranks == 1:
             return first | last
         return last if rank else first
 
     def save(self, rank: int = 0) -> None:
         """Save a rank's part, in the process group if there is one."""
-        settings = S3ClientConfig(max_connections=self.connections, part_size=5 * MiB)
-        writer = S3StorageWriter(None, self.uri, settings, thread_count=2 // self.ranks)
+        settings = S3ClientConfig(max_connections=self.connections, part_size=_PART_BYTES)
+        objects = 1 if self.large or self.ranks > 1 else 2
+        writer = S3StorageWriter(None, self.uri, settings, thread_count=objects)
         dcp.save(self.state(rank), storage_writer=writer, no_dist=self.ranks == 1)
 
 
@@ -226,13 +231,12 @@ def _save(
     warnings.simplefilter("ignore")
     death = _Death(kill, reports)
 
-    class Session(AioSession):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.register("before-send.s3", death.before)
-            self.register("after-call.s3", death.after)
+    def session(**kwargs: Any) -> Any:
+        made = AioSession(**kwargs)
+        made.register("before-send.s3", death.before)
+        made.register("after-call.s3", death.after)
+        return made
 
-    _client.AioSession = Session  # type: ignore[misc]
     error = None
     try:
         if rendezvous is not None:
@@ -243,7 +247,8 @@ def _save(
                 world_size=job.ranks,
                 timeout=timedelta(seconds=_TIMEOUT_S / 2),
             )
-        job.save(rank)
+        with mock.patch.object(_client, "AioSession", session):
+            job.save(rank)
     except BaseException as exc:  # noqa: BLE001 - CheckpointException is one
         error = repr(exc)
     reports.send(error)
@@ -281,11 +286,10 @@ def _send_half(request: Any, headers: dict[str, str]) -> None:
     """Send a request up to the middle of its body, and wait until the server gives it up."""
     url = urlsplit(request.url)
     assert url.hostname is not None
-    data = request.body
-    body = data if isinstance(data, bytes) else b"".join(data._views)
+    body = request.body if isinstance(request.body, bytes) else b"".join(request.body._views)
     target = f"{url.path}?{url.query}" if url.query else url.path
     lines = [f"{request.method} {target} HTTP/1.1"]
-    lines += [f"{name}: {value}" for name, value in ({"host": url.netloc} | headers).items()]
+    lines += [f"{name}: {text}" for name, text in ({"host": url.netloc} | headers).items()]
     with socket.create_connection((url.hostname, url.port or 80), _TIMEOUT_S) as connection:
         connection.sendall("\r\n".join([*lines, "", ""]).encode("latin-1") + body[: len(body) // 2])
         connection.shutdown(socket.SHUT_WR)
@@ -385,6 +389,32 @@ class RcloneTarget:
                 raise
             return []
         return sorted(upload["Key"] for upload in found)
+
+
+@dataclass(frozen=True)
+class Late(Fault):
+    """Lets a request take effect once the rule is released, although its client may be gone.
+
+    Args:
+        arrived: Set when it has.
+    """
+
+    arrived: Event
+
+    async def play(self, exchange: Exchange) -> None:
+        await exchange.receive()
+        rule = exchange.rule
+        assert rule is not None
+        released = rule.gate.event()
+
+        async def arrive() -> None:
+            await released.wait()
+            exchange.perform()
+            self.arrived.set()
+
+        arriving = asyncio.create_task(arrive())
+        rule.note(exchange.record)
+        await asyncio.shield(arriving)
 
 
 # What is left behind.

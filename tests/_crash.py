@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import lru_cache
 from itertools import count
 from multiprocessing.connection import wait
 from tempfile import TemporaryDirectory
@@ -94,10 +95,7 @@ class Job:
 
     def state(self, rank: int | None = None) -> StateDict:
         """Return what a rank saves, or all of it."""
-        first: StateDict = {"a": fill((40, 16), seed=self.seed), "step": self.seed}
-        last: StateDict = {"b": fill((300,), torch.bfloat16, self.seed)}
-        if self.large:
-            last["large"] = torch.arange(_LARGE_WORDS) * (2 * self.seed + 1)
+        first, last = _state(self.seed, self.large)
         if rank is None or self.ranks == 1:
             return first | last
         return last if rank else first
@@ -108,6 +106,16 @@ class Job:
         objects = 1 if self.large or self.ranks > 1 else 2
         writer = S3StorageWriter(None, self.uri, settings, thread_count=objects)
         dcp.save(self.state(rank), storage_writer=writer, no_dist=self.ranks == 1)
+
+
+@lru_cache(maxsize=4)
+def _state(seed: int, large: bool) -> tuple[StateDict, StateDict]:
+    """Return what the first of two ranks saves, and the second."""
+    first: StateDict = {"a": fill((40, 16), seed=seed), "step": seed}
+    last: StateDict = {"b": fill((300,), torch.bfloat16, seed)}
+    if large:
+        last["large"] = torch.arange(_LARGE_WORDS) * (2 * seed + 1)
+    return first, last
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,7 +274,7 @@ class _Death:
     def before(self, request: Any, event_name: str, **_: object) -> None:
         headers = {name.lower(): _text(value) for name, value in request.headers.items()}
         body_bytes = int(headers.get("content-length", "0"))
-        _, _, key = unquote(urlsplit(request.url).path)[1:].partition("/")
+        key = unquote(urlsplit(request.url).path).split("/", 2)[2]
         self._reports.send(Sent(event_name.rpartition(".")[2], key, body_bytes))
         if self._kill is None or (self._kill.moment == "middle" and not body_bytes):
             return

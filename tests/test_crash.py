@@ -170,7 +170,7 @@ def save_and_check(
         assert [outcome.killed for outcome in outcomes] == [r == victim for r in range(new.ranks)]
         assert all(outcome.killed or outcome.error for outcome in outcomes)
 
-    after = replace(new, seed=new.seed + 1, ranks=1)
+    after = Job(uri=new.uri, seed=new.seed + 1)
     after.save()
     assert_same(place.load(after.state()), after.state())
     assert place.orphans() == orphans  # it leaves none of its own
@@ -198,12 +198,11 @@ def kill_at_every_request(
         seed = next(seeds)
         place = Place(target, bucket, "over" if existing else f"fresh-{seed}")
         job = Job(uri=place.uri, seed=seed, large=large, ranks=ranks)
-        old = replace(job, seed=seed - 1, ranks=1) if existing else None
+        old = Job(uri=place.uri, seed=seed - 1) if existing else None
         return save_and_check(place, target, old, job, kill, victim)[victim]
 
     if existing:
-        seed = next(seeds)
-        Job(uri=f"s3://{bucket}/over", seed=seed + 1, large=large).save()
+        Job(uri=f"s3://{bucket}/over", seed=next(seeds) + 1).save()
     sent = attempt().sent
     wanted = {"CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"} if large else set()
     if victim == 0:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -267,3 +268,22 @@ def test_metadata_is_replaced(fake: FakeS3, uri: str, fault: Fault, seed: int | 
             assert isinstance(error, CheckpointChangedError)
         else:
             assert_same(load(uri, S3ReaderConstructor.dcp_optimized), state(seed))
+
+
+def test_an_object_changes_between_two_reads_of_it(fake: FakeS3, uri: str) -> None:
+    save(uri, 1)
+    bucket = uri.split("/")[2]
+    sizes = {key: len(fake.read(bucket, key)) for key in fake.keys(bucket)}
+    key = max(sizes, key=sizes.__getitem__)
+    held = fake.inject(Hold(), operation="GetObject", key=key, skip=1)
+
+    def replace() -> None:
+        held.wait()
+        fake.write(bucket, key, bytes(sizes[key]))
+        held.release()
+
+    with ThreadPoolExecutor(1) as thread:
+        replacing = thread.submit(replace)
+        error = error_of(uri, partial(S3ReaderConstructor.range_based, 100))
+        replacing.result()
+    assert isinstance(error, CheckpointChangedError)

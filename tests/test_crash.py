@@ -1,11 +1,12 @@
 """A save that is killed with SIGKILL at any request leaves the old checkpoint or the new one.
 
 Every test first lets a save be, to learn how many requests it makes, and then kills one at each of
-them: every such kill is a subtest. `tests._crash` says how it is done.
+them: every such kill is a subtest. `tests._crash` says how that is done.
 """
 
 from __future__ import annotations
 
+import os
 import secrets
 from collections.abc import Iterator
 from dataclasses import replace
@@ -14,29 +15,18 @@ from threading import Event
 from typing import Any
 
 import pytest
-import torch.distributed.checkpoint as dcp
 
-from s3dcp import CheckpointNotFoundError, S3StorageReader
-from s3dcp._metadata import load_metadata
 from s3dcp.testing import FakeS3
-from tests._crash import (
-    Effects,
-    FakeTarget,
-    Job,
-    Kill,
-    Late,
-    Outcome,
-    Process,
-    RcloneTarget,
-    Target,
-    performed,
-    run,
-)
+from tests._crash import Job, Kill, Outcome, Process, Target, run
+from tests._crash_sites import Effects, FakeTarget, Late, Place, RcloneTarget, performed
 from tests._servers import Server, empty_bucket
-from tests._states import StateDict, assert_same, blank
+from tests._states import assert_same
 
-# torch says so of every save and load without a process group, `no_dist=True` or not.
-pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is :UserWarning")
+pytestmark = [
+    # torch says so of every save and load without a process group, `no_dist=True` or not.
+    pytest.mark.filterwarnings("ignore:torch.distributed is :UserWarning"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -84,52 +74,6 @@ def bucket_name() -> str:
 def target(request: pytest.FixtureRequest) -> Target:
     found: Target = request.getfixturevalue(f"{request.param}_target")
     return found
-
-
-class Place:
-    """A checkpoint's path, and what lies under it.
-
-    Args:
-        target: The server.
-        bucket: The bucket, of which every place has a folder.
-        name: The folder.
-    """
-
-    def __init__(self, target: Target, bucket: str, name: str) -> None:
-        self.uri = f"s3://{bucket}/{name}"
-        self._target = target
-        self._bucket = bucket
-        self._folder = f"{name}/"
-        self.commit = f"{name}/.metadata"
-
-    def objects(self) -> set[str]:
-        return {key for key in self._target.keys(self._bucket) if key.startswith(self._folder)}
-
-    def uploads(self) -> list[str]:
-        return [key for key in self._target.uploads(self._bucket) if key.startswith(self._folder)]
-
-    def named(self) -> set[str]:
-        """The objects of the checkpoint: its `.metadata`, and all that it names."""
-        if self.commit not in self.objects():
-            return set()
-        body = self._target.read(self._bucket, self.commit)
-        infos = load_metadata(body, source=self.commit).storage_data.values()
-        return {self.commit} | {self._folder + info.relative_path for info in infos}
-
-    def orphans(self) -> set[str]:
-        """What nothing refers to, beside the uploads: a tool may remove it at any time."""
-        return self.objects() - self.named()
-
-    def load(self, like: StateDict) -> StateDict:
-        found: StateDict = blank(like)
-        dcp.load(found, storage_reader=S3StorageReader(None, self.uri), no_dist=True)
-        return found
-
-    def assert_absent(self, like: StateDict) -> None:
-        with pytest.raises(CheckpointNotFoundError):
-            S3StorageReader(None, self.uri).read_metadata()
-        with pytest.raises(dcp.CheckpointException, match="No checkpoint at"):
-            self.load(like)
 
 
 def save_and_check(

@@ -184,8 +184,13 @@ class Process:
         assert self._started.wait(_TIMEOUT_S)
         assert self._process is not None
         assert self._process.pid is not None
-        os.kill(self._process.pid, signal.SIGKILL)
-        assert wait([self._process.sentinel], _TIMEOUT_S)
+        # Another thread may wait for the end, and close what it has waited with.
+        sentinel = os.dup(self._process.sentinel)
+        try:
+            os.kill(self._process.pid, signal.SIGKILL)
+            assert wait([sentinel], _TIMEOUT_S)
+        finally:
+            os.close(sentinel)
 
     def outcome(self) -> Outcome:
         """Wait for its end."""

@@ -35,7 +35,7 @@ _DAMAGED, _FAILED, _INTERRUPTED, _UNREAD = 1, 2, 130, 141
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 
 
-class _Bar(tqdm):
+class _Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
     monitor_interval = 0  # no thread that looks after bars
 
 

@@ -75,15 +75,16 @@ class Scatter:
     """Where the bytes of one response go, in order, and how many have arrived.
 
     A failed request leaves `received` at what is already in place, so that the next attempt asks
-    only for the rest.
+    only for the rest; and `etag` at that of the object they are from, as the response's head said.
     """
 
-    __slots__ = ("_index", "_offset", "_views", "received", "size_bytes")
+    __slots__ = ("_index", "_offset", "_views", "etag", "received", "size_bytes")
 
     def __init__(self, views: Views) -> None:
         self._views = [view for view in views if view.nbytes]
         self._index = 0
         self._offset = 0
+        self.etag: str | None = None
         self.received = 0
         self.size_bytes = sum(view.nbytes for view in self._views)
 

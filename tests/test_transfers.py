@@ -218,6 +218,26 @@ def test_a_body_is_resumed_from_the_bytes_held() -> None:
     assert asked == [(0, 1, None), (10, 30, '"1"'), (17, 23, '"1"')]
 
 
+def test_a_body_is_resumed_from_the_same_object_even_if_it_is_the_first() -> None:
+    store = MemoryStore()
+    store.write(URI, DATA)
+    whole = store.get_range
+
+    async def break_off(
+        uri: S3Uri, start: int, into: Scatter, *, if_match: str | None = None
+    ) -> Any:
+        if not into.received:
+            into.etag = '"1"'
+            into.write(DATA[start : start + 7])
+            store.write(URI, DATA[::-1])
+            raise S3ConnectionError("reset")
+        return await whole(uri, start, into, if_match=if_match)
+
+    store.get_range = break_off  # type: ignore[method-assign]
+    with pytest.raises(CheckpointChangedError, match="replaced"):
+        run(Downloads(channel_of(store)).fetch(URI, 0, [memoryview(bytearray(30))]))
+
+
 def test_a_body_that_was_too_long_is_read_again_from_the_start() -> None:
     store = MemoryStore()
     store.write(URI, DATA)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import queue
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
+
+from s3dcp._errors import PortalError
 
 T = TypeVar("T")
+
+_log = logging.getLogger("s3dcp.portal")
+
+#: Seconds that a given-up call may take to let go of the caller's memory.
+GRACE_S = 10.0
 
 
 class Call(Generic[T]):
@@ -22,16 +31,15 @@ class Call(Generic[T]):
 
     Attributes:
         done: Whether it has ended.
-        task: Set by the loop, while it runs.
     """
 
-    __slots__ = ("_callbacks", "_error", "_value", "done", "task")
+    __slots__ = ("_callbacks", "_error", "_task", "_value", "done")
 
     _value: T
 
     def __init__(self) -> None:
         self.done = False
-        self.task: asyncio.Task[T] | None = None
+        self._task: asyncio.Task[T] | None = None
         self._error: BaseException | None = None
         self._callbacks: list[Callable[[Call[T]], object]] = []
 
@@ -72,18 +80,36 @@ class Call(Generic[T]):
 
     # What follows is for the loop's thread alone.
 
-    def succeed(self, value: T) -> None:
-        """End with a result."""
-        self._value = value
-        self._end()
+    def follow(self, task: asyncio.Task[T]) -> None:
+        """End as this task ends."""
+        self._task = task
+        task.add_done_callback(self._finish)
+
+    def cancel(self) -> None:
+        """Ask the task to end; once, so that what it does on its way out is not disturbed."""
+        if self.done:
+            return
+        if self._task is None:  # the caller was interrupted before the loop had the call
+            self.fail(PortalError("The call was cancelled"))
+        elif not self._task.cancelling():
+            self._task.cancel()
 
     def fail(self, error: BaseException) -> None:
         """End with an error, which `result` raises."""
         self._error = error
         self._end()
 
+    def _finish(self, task: asyncio.Task[T]) -> None:
+        if task.cancelled():
+            self._error = PortalError("The call was cancelled")
+        elif error := task.exception():
+            self._error = error
+        else:
+            self._value = task.result()
+        self._end()
+
     def _end(self) -> None:
-        self.task = None
+        self._task = None
         self.done = True
         while self._callbacks:
             try:
@@ -91,3 +117,30 @@ class Call(Generic[T]):
             except IndexError:  # who added it has called it
                 return
             function(self)
+
+
+def settle(calls: Sequence[Call[Any]], before: Callable[[], None] = lambda: None) -> None:
+    """Wait for the calls' ends within the grace, and only then raise what interrupts this.
+
+    Args:
+        calls: What to wait for.
+        before: Called first, and again after every interrupt.
+    """
+    deadline_s = time.monotonic() + GRACE_S
+
+    def wait() -> None:
+        before()
+        for call in calls:
+            call.wait(deadline_s - time.monotonic())
+
+    _persist(wait)
+    if left := sum(not call.done for call in calls):
+        _log.warning("%d calls did not end within %g s", left, GRACE_S)
+
+
+def _persist(wait: Callable[[], None]) -> None:
+    try:
+        wait()
+    except BaseException:
+        _persist(wait)
+        raise

@@ -8,13 +8,12 @@ import os
 import threading
 from collections.abc import Awaitable, Callable
 
+from s3dcp._calls import GRACE_S
 from s3dcp._errors import PortalError
 from s3dcp._workers import Workers
 
 _log = logging.getLogger("s3dcp.portal")
 
-#: Seconds that what runs on a loop may take to end.
-GRACE_S = 10.0
 WORKERS = min(4, os.cpu_count() or 1)
 
 

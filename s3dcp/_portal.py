@@ -19,12 +19,11 @@ import contextlib
 import logging
 import os
 import threading
-import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
-from s3dcp._calls import Call
+from s3dcp._calls import GRACE_S, Call, settle
 from s3dcp._errors import PortalError
 from s3dcp._loop_thread import LoopThread, new_event_loop
 
@@ -32,9 +31,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _log = logging.getLogger("s3dcp.portal")
-
-#: Seconds that a given-up call may take to let go of the caller's memory.
-GRACE_S = 10.0
 
 
 class Portal:
@@ -162,7 +158,7 @@ class Portal:
         """
         pending = [call for call in tuple(calls) if call in self._calls and not call.done]
         if pending and self._thread.is_of_this_process:
-            _settle(pending, first=partial(self.cancel_soon, pending))
+            settle(pending, before=partial(self.cancel_soon, pending))
 
     def cancel_soon(self, calls: Iterable[Call[Any]]) -> None:
         """Ask for calls to be cancelled without waiting: for finalizers, on whichever thread."""
@@ -175,7 +171,7 @@ class Portal:
         """Wait, within the grace, until calls have ended; interrupts are raised only then."""
         pending = [call for call in calls if call in self._calls and not call.done]
         if self._thread.is_of_this_process:
-            _settle(pending, first=lambda: None)
+            settle(pending)
 
     def at_close(self, function: Callable[[], Awaitable[None]]) -> None:
         """Await `function` when the portal closes, before its loop ends."""
@@ -193,8 +189,7 @@ class Portal:
 
     def _begin(self, call: Call[T], function: Callable[[], Awaitable[T]]) -> None:
         if not call.done:  # it may have been cancelled already
-            call.task = self._thread.loop.create_task(_invoke(function))
-            call.task.add_done_callback(partial(_finish, call))
+            call.follow(self._thread.loop.create_task(_invoke(function)))
 
     def _fail_the_rest(self) -> None:
         for call in tuple(self._calls):
@@ -205,46 +200,9 @@ async def _invoke(function: Callable[[], Awaitable[T]]) -> T:
     return await function()
 
 
-def _finish(call: Call[T], task: asyncio.Task[T]) -> None:
-    if task.cancelled():
-        call.fail(PortalError("The call was cancelled"))
-    elif error := task.exception():
-        call.fail(error)
-    else:
-        call.succeed(task.result())
-
-
 def _cancel(calls: Iterable[Call[Any]]) -> None:
     for call in calls:
-        if call.done:
-            continue
-        if call.task is None:  # its caller was interrupted before the loop had it
-            call.fail(PortalError("The call was cancelled"))
-        elif not call.task.cancelling():  # once: what it does on its way out is not disturbed
-            call.task.cancel()
-
-
-def _settle(calls: Sequence[Call[Any]], first: Callable[[], None]) -> None:
-    """Wait for the calls' ends within the grace, and only then raise what interrupts this."""
-    deadline_s = time.monotonic() + GRACE_S
-
-    def wait() -> None:
-        first()
-        for call in calls:
-            call.wait(deadline_s - time.monotonic())
-
-    _persist(wait)
-    if left := sum(not call.done for call in calls):
-        _log.warning("%d calls did not end within %g s", left, GRACE_S)
-
-
-def _persist(wait: Callable[[], None]) -> None:
-    """Call `wait` again after every interrupt; raise the last one when it is through."""
-    try:
-        wait()
-    except BaseException:
-        _persist(wait)
-        raise
+        call.cancel()
 
 
 async def _settled(ended: asyncio.Event, grace_s: float) -> None:

@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any, Self
 
 _LIMIT_S = 40.0
+# Of torch, and of Python 3.12 for a fork beside threads, which some children are about.
+_EXPECTED = ["torch.distributed is :UserWarning", "This process :DeprecationWarning"]
+_WARNINGS = ["-W", "error", *(part for text in _EXPECTED for part in ("-W", f"ignore:{text}"))]
 _PRELOADED = ["pytest", "torch.distributed.checkpoint", "s3dcp._client", "s3dcp.testing"]
 
 
@@ -74,7 +77,7 @@ class Zygote:
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-W", "error", "-m", "tests._zygote", str(theirs.fileno())],
+                [sys.executable, *_WARNINGS, "-m", "tests._zygote", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 cwd=Path(__file__).parents[1],
             )
@@ -104,6 +107,12 @@ class Zygote:
         """Return what a process that has closed its output ends with."""
         self._socket.send(pickle.dumps(pid))
         return int(self._socket.recv(64))
+
+
+def say(line: str) -> None:
+    """Write a line, in a child."""
+    sys.stdout.write(f"{line}\n")
+    sys.stdout.flush()
 
 
 def _serve(asked: socket.socket) -> None:

@@ -18,11 +18,9 @@ from typing import NoReturn
 
 import pytest
 
-from s3dcp import PortalError, S3Exception
-from s3dcp import _calls
-from s3dcp._calls import Call
+from s3dcp import PortalError, S3Exception, _calls
 from s3dcp._loop_thread import WORKERS
-from s3dcp._portal import Calls, Portal, offload, portal
+from s3dcp._portal import Portal, offload, portal
 from tests._scripted import LEAN
 
 _TIMEOUT_S = 20.0

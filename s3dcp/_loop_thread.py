@@ -14,6 +14,8 @@ from s3dcp._workers import Workers
 
 _log = logging.getLogger("s3dcp.portal")
 
+# Nothing runs any more: what still waits then waits for a peer that does not read.
+_CLOSE_S = 2.0
 WORKERS = min(4, os.cpu_count() or 1)
 
 
@@ -119,6 +121,7 @@ class LoopThread:
                 self._closing = True
                 self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(GRACE_S)
+        self._workers.shutdown()  # of a loop that hangs, too
         self._workers.join(GRACE_S)
 
     def _run(self) -> None:
@@ -142,8 +145,10 @@ class LoopThread:
         if others:
             await asyncio.wait(others, timeout=GRACE_S)
         await self.loop.shutdown_asyncgens()
+        deadline_s = self.loop.time() + _CLOSE_S
         for closer in self._closers:
             try:
-                await closer()
+                async with asyncio.timeout_at(deadline_s):
+                    await closer()
             except Exception:  # noqa: BLE001 - the others are to be closed all the same
                 _log.debug("closing the portal", exc_info=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
@@ -60,9 +61,10 @@ class Workers(ThreadPoolExecutor):
             self._jobs.put(None)
 
     def join(self, timeout_s: float) -> None:
-        """Wait for each thread's end for so long."""
+        """Wait for the ends of all threads, for so long altogether."""
+        deadline_s = time.monotonic() + timeout_s
         for thread in self._daemons:
-            thread.join(timeout_s)
+            thread.join(max(0.0, deadline_s - time.monotonic()))
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -173,6 +173,7 @@ def test_a_save_is_interrupted(
     assert len(left) == (1 if moment == "committing" else 0)
     assert_same(load(blank(OLD)), OLD)
 
+    rule.release()
     child.signal(signal.SIGUSR1)
     assert child.end() == (0, "")
     assert_same(load(blank(NEW)), NEW)
@@ -196,9 +197,23 @@ def test_what_an_interrupt_waits_for_is_bounded(server: FakeS3, zygote: Zygote) 
     assert json.loads(child.read_line())[0] == ["CheckpointException", "KeyboardInterrupt"]
     assert_same(load(blank(OLD)), OLD)
 
+    rule.release()
     child.signal(signal.SIGUSR1)
     assert child.end() == (0, "")
     assert_same(load(blank(NEW)), NEW)
+    server.check()
+
+
+@pytest.mark.parametrize("moment", ["first part", "committing"])
+def test_a_save_is_ended_by_sigterm(server: FakeS3, zygote: Zygote, moment: str) -> None:
+    """By the default action, which leaves no time for anything."""
+    fault, request = SAVING[moment]
+    rule = server.inject(fault, **request)
+    child = zygote.start(save, NEW)
+    rule.wait()
+    child.signal(signal.SIGTERM)
+    assert child.end() == (-signal.SIGTERM, "")
+    assert_same(load(blank(OLD)), OLD)
     server.check()
 
 

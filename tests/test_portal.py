@@ -319,6 +319,43 @@ class TestCancel:
             signal.signal(number, before)
         assert either.call(answer) == 42
 
+    def test_a_second_interrupt_does_not_end_the_waiting(self, either: Portal) -> None:
+        """It is raised in place of the first, once the call has let go of its memory."""
+        handled: list[int] = []
+        ended = threading.Event()
+
+        def handler(*_: object) -> None:
+            handled.append(len(handled))
+            if len(handled) <= 2:
+                raise (KeyboardInterrupt, SystemExit)[handled[-1]]
+
+        async def until_handled(count: int) -> None:
+            while len(handled) < count:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                await asyncio.sleep(0.01)
+
+        async def interrupted() -> None:
+            try:
+                [call] = either._calls
+                while len(call._callbacks) < 2:  # noqa: ASYNC110 - the waiter tells nobody
+                    await asyncio.sleep(0)
+                await until_handled(1)
+                await asyncio.Future()
+            finally:
+                await until_handled(2)
+                for _ in range(100):
+                    await asyncio.sleep(0)
+                ended.set()
+
+        before = signal.signal(signal.SIGUSR1, handler)
+        try:
+            with pytest.raises(SystemExit):
+                either.call(interrupted)
+            assert ended.is_set()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert either.call(answer) == 42
+
 
 class TestStart:
     def test_a_failure_reaches_the_caller(self) -> None:
@@ -334,6 +371,16 @@ class TestStart:
         for thread in set(threading.enumerate()) - before:
             thread.join(_TIMEOUT_S)
             assert not thread.is_alive()
+
+    def test_without_a_thread_to_be_had(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As while the interpreter exits, from Python 3.12 on."""
+
+        def refuse(thread: threading.Thread) -> None:
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(PortalError, match=r"could not start.*interpreter shutdown"):
+            Portal()
 
     def test_there_is_one_a_process(self) -> None:
         assert portal() is portal()
@@ -486,6 +533,48 @@ class TestClose:
         own.cancel_soon([future])
         own.cancel([future])
         assert "nothing to cancel" in caplog.text
+
+
+class TestDeath:
+    """The loop is stopped by somebody else."""
+
+    def test_its_calls_end(self, either: Portal) -> None:
+        blocked = Blocked(linger=10)
+        call = either.submit(blocked)
+        assert blocked.started.wait(_TIMEOUT_S)
+        loop = either._thread.loop
+        loop.call_soon_threadsafe(loop.stop)
+        with pytest.raises(PortalError, match="cancelled"):
+            call.result()
+        assert blocked.ended.is_set()
+        either.close()
+        assert not either.is_alive
+        with pytest.raises(PortalError, match="takes no more calls"):
+            either.call(answer)
+
+    def test_so_do_those_that_had_not_begun(self, either: Portal) -> None:
+        hold, held = threading.Event(), threading.Event()
+
+        async def die() -> None:
+            held.set()
+            hold.wait(_TIMEOUT_S)  # to hold up the loop is the point
+            asyncio.get_running_loop().stop()
+
+        dying = either.submit(die)
+        assert held.wait(_TIMEOUT_S)
+        waiting = [either.submit(Blocked()) for _ in range(3)]
+        hold.set()
+        dying.wait()
+        for call in waiting:
+            with pytest.raises(PortalError):
+                call.result()
+
+    def test_the_next_call_gets_another(self) -> None:
+        first = portal()
+        first._thread.loop.call_soon_threadsafe(first._thread.loop.stop)
+        first.close()
+        assert portal() is not first
+        assert portal().call(answer) == 42
 
 
 class TestOffload:

@@ -26,7 +26,7 @@ _LIMIT_S = 40.0
 # Of torch, and of Python 3.12 for a fork beside threads, which some children are about.
 _EXPECTED = ["torch.distributed is :UserWarning", "This process :DeprecationWarning"]
 _WARNINGS = ["-W", "error", *(part for text in _EXPECTED for part in ("-W", f"ignore:{text}"))]
-_PRELOADED = ["pytest", "torch.distributed.checkpoint", "s3dcp._client", "s3dcp.testing"]
+_PRELOADED = ["pytest", "numpy", "uvloop", "s3dcp._client", "s3dcp.testing", "tests._states"]
 
 
 class Child:
@@ -148,5 +148,7 @@ def _run(module: str, name: str, args: tuple[Any, ...], environ: dict[str, str])
 if __name__ == "__main__":
     for preloaded in _PRELOADED:
         import_module(preloaded)
+    client = import_module("s3dcp._client")
+    client._preload(client._loader(None))  # botocore's models
     with closing(socket.socket(fileno=int(sys.argv[1]))) as theirs:
         _serve(theirs)

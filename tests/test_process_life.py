@@ -1,4 +1,4 @@
-"""Forks, spawns, other people's event loops, threads, exits: where a save or a load may find itself."""
+"""Where a save or a load may find itself: forks, spawns, running loops, threads, exits."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ import pickle
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -102,11 +101,7 @@ def failure_of(call: Callable[[], object]) -> BaseException:
 
 
 class ForkingPlanner(DefaultSavePlanner):
-    """Forks in the middle of the save, where the portal is sending the first part.
-
-    Args:
-        server_url: Not used here: the child inherits the environment.
-    """
+    """Forks in the middle of the save, when the first part is on its way."""
 
     def __init__(self, in_child: Callable[[], None]) -> None:
         super().__init__()
@@ -133,7 +128,7 @@ def use_and_leave() -> None:
     sys.exit(7)
 
 
-def fork_in_a_save(in_child: Callable[[], None], child_first: bool) -> None:
+def fork_in_a_save(in_child: Callable[[], None]) -> None:
     planner = ForkingPlanner(in_child)
     try:
         save(NEW, 1, planner=planner)
@@ -143,8 +138,6 @@ def fork_in_a_save(in_child: Callable[[], None], child_first: bool) -> None:
         assert not planner.child
         assert isinstance(error, SystemExit)
         sys.exit(error.code)
-    if not child_first:
-        check(NEW, 1)
     _, status = os.waitpid(planner.child, 0)
     assert os.waitstatus_to_exitcode(status) == 7, status
     check(NEW, 1)
@@ -164,3 +157,196 @@ def test_a_fork_in_the_middle_of_a_save(
     if in_child is use_and_leave:
         check("s3://life/child", 2)
     assert server.uploads("life") == {}
+
+
+# Spawns, and what DCP pickles to get there.
+
+
+def use_pickled(data: bytes) -> bytes:
+    """Save and load with objects that another process has used; return one and an error."""
+    writer, reader = pickle.loads(data)
+    dcp.save(state_of(2), storage_writer=writer)
+    state = blank(state_of(2))
+    dcp.load(state, storage_reader=reader)
+    assert_same(state, state_of(2))
+    with pytest.raises(dcp.CheckpointException) as caught:
+        dcp.save(
+            state_of(3), storage_writer=S3StorageWriter(None, writer.path, CONFIG, overwrite=False)
+        )
+    return pickle.dumps((writer, caught.value))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "constructor"),
+    [
+        (BinaryPrefixStrategy(epoch_num=3), S3ReaderConstructor.sequential()),
+        (RoundRobinPrefixStrategy(["a", "b"]), S3ReaderConstructor.range_based(1 * MiB)),
+        (None, S3ReaderConstructor.dcp_optimized(max_gap_size=1024)),
+    ],
+    ids=["sequential", "range_based", "dcp_optimized"],
+)
+def test_what_is_in_use_goes_to_a_spawned_process_and_back(
+    server: FakeS3, ranks1: RankPool, strategy: Any, constructor: Any
+) -> None:
+    """With a live portal, a client, a plan and a checkpoint's metadata on either side."""
+    writer = S3StorageWriter(None, NEW, CONFIG, strategy, thread_count=2)
+    dcp.save(state_of(1), storage_writer=writer, no_dist=True)
+    reader = S3StorageReader(None, NEW, CONFIG, constructor)
+    dcp.load(blank(state_of(1)), storage_reader=reader, no_dist=True)
+
+    [data] = ranks1.run(use_pickled, pickle.dumps((writer, reader)))
+    again, failed = pickle.loads(data)
+    assert again.fs.client.s3client_config == CONFIG
+    assert again.prefix_strategy(0) == writer.prefix_strategy(0)
+    [(error, _)] = failed.failures.values()
+    assert isinstance(error, CheckpointExistsError)
+    check(NEW, 2)
+    dcp.save(state_of(4), storage_writer=again, no_dist=True)
+    check(NEW, 4)
+
+
+# Running event loops.
+
+
+def test_from_a_coroutine(server: FakeS3) -> None:
+    """Its loop stands still meanwhile; it is not ours."""
+
+    async def scenario() -> None:
+        save(NEW, 1)
+        check(NEW, 1)
+
+    asyncio.run(scenario())
+
+
+def test_from_a_coroutine_by_threads(server: FakeS3) -> None:
+    """Its loop goes on, and saves go on beside each other."""
+    rule = server.inject(Stall(), operation="PutObject", key="*/.metadata", times=2)
+
+    async def scenario() -> None:
+        saves = [asyncio.to_thread(save, f"s3://life/{n}", n) for n in range(2)]
+        both = asyncio.gather(*saves)
+        await asyncio.to_thread(rule.wait, 2)
+        assert not both.done()
+        rule.release()
+        await both
+
+    asyncio.run(scenario())
+    for n in range(2):
+        check(f"s3://life/{n}", n)
+
+
+def interrupted_cells() -> None:
+    """A notebook: cells run in the main thread, inside of a loop that goes on after each."""
+    loop = asyncio.new_event_loop()
+    cells: list[asyncio.Task[None]] = []
+
+    def first() -> None:
+        try:
+            save(NEW, 1)
+        except dcp.CheckpointException as exc:
+            [(error, _)] = exc.failures.values()
+            say(type(error).__name__)
+        loop.call_soon(second)
+
+    def second() -> None:
+        save(NEW, 2)
+        check(NEW, 2)
+        cells.append(loop.create_task(third()))
+
+    async def third() -> None:  # with a top-level await
+        await asyncio.to_thread(save, NEW, 3)
+        loop.stop()
+
+    loop.call_soon(first)
+    loop.run_forever()
+    loop.run_until_complete(loop.shutdown_default_executor())
+    loop.close()
+
+
+def test_from_a_notebook(server: FakeS3, zygote: Zygote) -> None:
+    """Of which the first cell is interrupted."""
+    rule = server.inject(Stall(head=False), operation="UploadPart")
+    child = zygote.start(interrupted_cells)
+    rule.wait()
+    child.signal(signal.SIGINT)
+    assert child.read_line() == "KeyboardInterrupt"
+    rule.release()
+    assert child.end() == (0, "")
+    check(NEW, 3)
+    assert server.uploads("life") == {}
+
+
+def test_from_the_portals_own_thread(server: FakeS3) -> None:
+    async def scenario() -> BaseException:
+        return failure_of(lambda: save(NEW, 1))
+
+    error = portal().call(scenario)
+    assert isinstance(error, PortalError)
+    assert "would wait for itself" in str(error)
+    assert server.keys("life") == []
+
+
+# Threads, and the end of the portal.
+
+
+def test_when_the_portal_dies(server: FakeS3) -> None:
+    """The save that it was at fails, and the next one has another."""
+    writer = S3StorageWriter(None, NEW, CONFIG)
+    attempt = partial(dcp.save, state_of(1), storage_writer=writer, no_dist=True)
+    rule = server.inject(Stall(), operation="UploadPart")
+    with ThreadPoolExecutor(1) as threads:
+        failing = threads.submit(failure_of, attempt)
+        rule.wait()
+        before = portal()
+        before._thread.loop.call_soon_threadsafe(before._thread.loop.stop)
+        assert isinstance(failing.result(), PortalError)
+    rule.release()
+    attempt()
+    assert portal() is not before
+    check(NEW, 1)
+
+
+# The interpreter's exit.
+
+
+def exit_with_a_daemon() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+    threading.Thread(target=save, args=(NEW, 1), daemon=True).start()
+    signal.sigwait([signal.SIGUSR1])
+
+
+def test_the_interpreter_exits_while_a_daemon_saves(server: FakeS3, zygote: Zygote) -> None:
+    """Which holds up nothing, and publishes nothing."""
+    save(OLD, 0)
+    rule = server.inject(Stall(), operation="UploadPart")
+    child = zygote.start(exit_with_a_daemon)
+    rule.wait()
+    child.signal(signal.SIGUSR1)
+    code, _ = child.end()
+    assert code == 0
+    check(OLD, 0)
+    assert not server.keys("life", "new/")
+
+
+def exit_while_a_process_saves() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "pin_memory", lambda self, *_: self)
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        future = dcp.async_save(
+            state_of(1),
+            storage_writer=S3StorageWriter(None, NEW, CONFIG),
+            async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+        )
+    assert isinstance(future, Future)
+    say("saving")
+
+
+def test_the_interpreter_exits_while_a_process_saves(server: FakeS3, zygote: Zygote) -> None:
+    """The save is finished, or it is said that it is not; and nothing hangs."""
+    child = zygote.start(exit_while_a_process_saves)
+    assert child.read_line() == "saving"
+    code, said = child.end()
+    if server.keys("life", "new/.metadata"):
+        check(NEW, 1)
+    else:
+        assert code or said

@@ -33,8 +33,8 @@ from s3dcp import (
 )
 from s3dcp._portal import portal
 from s3dcp.testing import FakeS3, Stall
+from tests._forked import Zygote, await_go, say
 from tests._states import MiB, StateDict, assert_same, blank, fill
-from tests._zygote import Zygote, say
 
 if TYPE_CHECKING:
     from io import BytesIO
@@ -73,7 +73,7 @@ def server(_server: FakeS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]
 
 
 def state_of(step: int) -> StateDict:
-    return {"large": fill((2200, 1024), seed=step), "small": fill((3,), seed=step), "step": step}
+    return {"large": fill((1400, 1024), seed=step), "small": fill((3,), seed=step), "step": step}
 
 
 def save(uri: str, step: int, **kwargs: Any) -> None:
@@ -310,9 +310,8 @@ def test_when_the_portal_dies(server: FakeS3) -> None:
 
 
 def exit_with_a_daemon() -> None:
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
     threading.Thread(target=save, args=(NEW, 1), daemon=True).start()
-    signal.sigwait([signal.SIGUSR1])
+    await_go()
 
 
 def test_the_interpreter_exits_while_a_daemon_saves(server: FakeS3, zygote: Zygote) -> None:
@@ -321,7 +320,7 @@ def test_the_interpreter_exits_while_a_daemon_saves(server: FakeS3, zygote: Zygo
     rule = server.inject(Stall(), operation="UploadPart")
     child = zygote.start(exit_with_a_daemon)
     rule.wait()
-    child.signal(signal.SIGUSR1)
+    child.go()
     code, _ = child.end()
     assert code == 0
     check(OLD, 0)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Self
 
 _LIMIT_S = 40.0
+_GO = signal.SIGUSR1
 # Of torch, and of Python 3.12 for a fork beside threads, which some children are about.
 _EXPECTED = ["torch.distributed is :UserWarning", "This process :DeprecationWarning"]
 _WARNINGS = ["-W", "error", *(part for text in _EXPECTED for part in ("-W", f"ignore:{text}"))]
@@ -45,6 +46,10 @@ class Child:
     def signal(self, number: signal.Signals) -> None:
         """Send it a signal."""
         os.kill(self.pid, number)
+
+    def go(self) -> None:
+        """Let `await_go` return there."""
+        self.signal(_GO)
 
     def read_line(self) -> str:
         """Return the next line that it writes."""
@@ -74,16 +79,21 @@ class Zygote:
     """The process that forks; a context manager."""
 
     def __enter__(self) -> Self:
+        self._running: set[int] = set()
         self._socket, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, *_WARNINGS, "-m", "tests._zygote", str(theirs.fileno())],
+                [sys.executable, *_WARNINGS, "-m", "tests._forked", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 cwd=Path(__file__).parents[1],
+                # OpenMP's threads do not survive a fork, and hang who counts on them.
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
         return self
 
     def __exit__(self, *_: object) -> None:
+        for pid in self._running:
+            os.kill(pid, signal.SIGKILL)
         self._socket.close()
         self._process.wait(_LIMIT_S)
 
@@ -101,10 +111,13 @@ class Zygote:
         )
         socket.send_fds(self._socket, [message], [writing])
         os.close(writing)
-        return Child(self, int(self._socket.recv(64)), reading)
+        pid = int(self._socket.recv(64))
+        self._running.add(pid)
+        return Child(self, pid, reading)
 
     def exit_code(self, pid: int) -> int:
         """Return what a process that has closed its output ends with."""
+        self._running.discard(pid)
         self._socket.send(pickle.dumps(pid))
         return int(self._socket.recv(64))
 
@@ -113,6 +126,11 @@ def say(line: str) -> None:
     """Write a line, in a child."""
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
+
+
+def await_go() -> None:
+    """Wait, in a child, until the test lets it go on."""
+    signal.sigwait([_GO])
 
 
 def _serve(asked: socket.socket) -> None:
@@ -141,11 +159,12 @@ def _serve(asked: socket.socket) -> None:
 def _run(module: str, name: str, args: tuple[Any, ...], environ: dict[str, str]) -> None:
     faulthandler.dump_traceback_later(_LIMIT_S - 5, exit=True)
     os.environ.clear()
-    os.environ.update(environ)
+    os.environ.update(environ, OMP_NUM_THREADS="1")
     getattr(import_module(module), name)(*args)
 
 
 if __name__ == "__main__":
+    signal.pthread_sigmask(signal.SIG_BLOCK, [_GO])  # of every thread to come
     for preloaded in _PRELOADED:
         import_module(preloaded)
     client = import_module("s3dcp._client")

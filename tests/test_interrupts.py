@@ -30,8 +30,8 @@ pytestmark = [
 
 PART = S3ClientConfig(part_size=5 * MiB, conditional_writes=True)
 URI = "s3://life/ck"
-OLD = {"large": fill((1400, 1024), seed=1), "small": fill((3,), seed=2)}
-NEW = {"large": fill((1400, 1024), seed=3), "small": fill((3,), seed=4)}
+OLD = {"large": fill((2200, 1024), seed=1), "small": fill((3,), seed=2)}
+NEW = {"large": fill((2200, 1024), seed=3), "small": fill((3,), seed=4)}
 
 
 @pytest.mark.parametrize("loop", ["uvloop", "asyncio"])

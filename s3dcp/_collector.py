@@ -8,36 +8,33 @@ longer than the work: 5.6 s of 6.8 to load the metadata of 200,000 items, 0.2 s 
 from __future__ import annotations
 
 import gc
+import os
 import queue
 from typing import Self, TypeVar
 
 T = TypeVar("T")
 
 
-# One entry for every pause in force. Appending and popping are atomic, so threads need no lock: the
-# last one out enables the collector, and no order of events leaves it off.
-_in_force: list[None] = []
-
-
 class CollectorPause:
     """A context in which the collector does not run by itself. Does nothing where it is off."""
 
-    def __init__(self) -> None:
-        self._counted = False
-
     def __enter__(self) -> Self:
-        if _in_force or gc.isenabled():
-            self._counted = True
-            _in_force.append(None)
-            gc.disable()
+        try:
+            if _in_force or gc.isenabled():
+                _in_force.add(self)
+                gc.disable()
+        except BaseException:  # an interrupt, after which there is no `__exit__`
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._counted:
-            self._counted = False
-            _in_force.pop()
-            if not _in_force:
-                gc.enable()
+        if self in _in_force:
+            try:
+                _in_force.discard(self)
+            finally:  # even if an interrupt strikes right here
+                if not _in_force:
+                    gc.enable()
 
     def next_of(self, source: queue.SimpleQueue[T]) -> T:
         """Return a queue's next element; while there is none, the pause is lifted."""
@@ -50,3 +47,19 @@ class CollectorPause:
             return source.get()
         finally:
             self.__enter__()
+
+
+# The pauses in force. Adding and discarding are atomic, so threads need no lock: the last one out
+# enables the collector, and no order of events leaves it off.
+_in_force: set[CollectorPause] = set()
+
+
+def _enable_in_child() -> None:
+    # The threads whose pauses these were are not in the child.
+    if _in_force:
+        _in_force.clear()
+        gc.enable()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_enable_in_child)

@@ -14,7 +14,6 @@ import io
 import queue
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import IO, cast
 
@@ -22,6 +21,7 @@ import torch
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
+from s3dcp._calls import Call
 from s3dcp._collector import CollectorPause
 from s3dcp._config import MiB, S3ClientConfig
 from s3dcp._downloads import Downloads
@@ -101,8 +101,8 @@ class LoadedItems:
         self._buffers = BufferPool(pinned=True, max_kept_bytes=self._budget_bytes)
         self._charged_bytes = 0
         self._pause = CollectorPause()
-        self._fetching: dict[Future[list[int]], _Fetch] = {}
-        self._fetched: queue.SimpleQueue[Future[list[int]]] = queue.SimpleQueue()
+        self._fetching: dict[Call[list[int]], _Fetch] = {}
+        self._fetched: queue.SimpleQueue[Call[list[int]]] = queue.SimpleQueue()
 
     def read(self, items: Iterable[ReadItem], metadata: Metadata, base: S3Uri) -> None:
         """Fill every target of the plan.

@@ -152,10 +152,12 @@ class S3Client:
         await self._run(partial(copy, source=source, target=target))
 
     async def _run(self, function: Callable[[Channel], Awaitable[T]]) -> T:
-        async def on_portal() -> T:
-            return await function(await _channel(self._region, self._config))
+        here = portal()
 
-        return await portal().run(on_portal)
+        async def on_portal() -> T:
+            return await function(await _channel(here, self._region, self._config))
+
+        return await here.run(on_portal)
 
     # What follows is for the synchronous facades, which submit to the portal themselves.
 
@@ -164,7 +166,7 @@ class S3Client:
         environment = _aws_environment()
         here = portal()
         if self._open is None or self._open[0] is not here or self._open[1] != environment:
-            channel = here.call(_channel, self._region, self._config)
+            channel = here.call(_channel, here, self._region, self._config)
             self._open = here, environment, channel
         return self._open[0], self._open[2]
 
@@ -231,9 +233,8 @@ class _Pools:
 _pools: weakref.WeakKeyDictionary[Portal, _Pools] = weakref.WeakKeyDictionary()
 
 
-async def _channel(region: str | None, config: S3ClientConfig) -> Channel:
-    """Return the pool for these settings, on the portal that runs this."""
-    here = portal()
+async def _channel(here: Portal, region: str | None, config: S3ClientConfig) -> Channel:
+    """Return the pool for these settings, on `here`, the portal that runs this."""
     pools = _pools.setdefault(here, _Pools())
     key = (region, config, _aws_environment())
     async with pools.opening:

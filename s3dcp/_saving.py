@@ -10,20 +10,19 @@ behind the other, and are done with that.
 from __future__ import annotations
 
 import io
-import logging
 import queue
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 import torch
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from s3dcp._calls import Call
 from s3dcp._checksums import combine, crc_of
 from s3dcp._collector import CollectorPause
 from s3dcp._config import MiB, S3ClientConfig
-from s3dcp._errors import IncompleteSaveError, S3Exception
+from s3dcp._errors import IncompleteSaveError
 from s3dcp._flow import Channel
 from s3dcp._framing import Frame, encode, frame_for, frame_of, memory_of, storage_alignment
 from s3dcp._keys import S3Uri
@@ -34,8 +33,6 @@ from s3dcp._ranges import Fragment, PartCutter, block_bytes, cut, upload_part_by
 from s3dcp._staging import Buffer, BufferPool, bytes_of, is_host, wait_for_copies
 from s3dcp._torch_internals import _item_size, _StorageInfo, _StorageWriterTransforms
 from s3dcp._uploads import Upload
-
-_log = logging.getLogger("s3dcp.saves")
 
 # Copying less than this is quicker than a view, a checksum and a write for each of its pieces.
 _COPIED_BYTES = 256 << 10
@@ -174,8 +171,8 @@ class SavedItems:
         self._alignment = storage_alignment()
         self._staging = BufferPool(pinned=True, max_kept_bytes=self._budget_bytes)
         self._runs = BufferPool(pinned=False, max_kept_bytes=self._budget_bytes)
-        self._sending: dict[Future[list[int]], list[Fragment[_Piece]]] = {}
-        self._sent: queue.SimpleQueue[Future[list[int]]] = queue.SimpleQueue()
+        self._sending: dict[Call[list[int]], list[Fragment[_Piece]]] = {}
+        self._sent: queue.SimpleQueue[Call[list[int]]] = queue.SimpleQueue()
         self._files: list[_File] = []
 
     def write(self, files: Sequence[tuple[S3Uri, str, Sequence[WriteItem]]]) -> list[WriteResult]:
@@ -201,7 +198,7 @@ class SavedItems:
                 results += [item.result() for file in self._files for item in file.items]
             self._complete()
         except BaseException:
-            self._abandon()
+            self._calls.abandon(self._drop)
             raise
         expected = sum(len(items) for _, _, items in files)
         if len(results) != expected:
@@ -373,7 +370,7 @@ class SavedItems:
             file.held = rest
             self._send_held(file)
 
-    def _submit(self, part: list[Fragment[_Piece]], future: Future[list[int]]) -> None:
+    def _submit(self, part: list[Fragment[_Piece]], future: Call[list[int]]) -> None:
         self._sending[future] = part
         future.add_done_callback(self._sent.put)
 
@@ -399,13 +396,6 @@ class SavedItems:
         ]
         for future in completing:
             self._portal.wait(future)
-
-    def _abandon(self) -> None:
-        self._calls.cancel()
-        try:
-            self._portal.call(self._drop)
-        except S3Exception:  # the error that led here is the one to be seen
-            _log.warning("could not tidy up after a failed save", exc_info=True)
 
     async def _drop(self) -> None:
         for file in self._files:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 
+from s3dcp._calls import Call
 from s3dcp._config import S3ClientConfig
 from s3dcp._downloads import Downloads
 from s3dcp._flow import Channel
@@ -55,7 +55,7 @@ class DownloadStream:
         self._end = end
         self._info = info
         self._chunk_bytes = chunk_bytes
-        self._ahead: deque[tuple[bytearray, Future[list[int]]]] = deque()
+        self._ahead: deque[tuple[bytearray, Call[list[int]]]] = deque()
         self._rest = memoryview(b"")
 
     def __iter__(self) -> DownloadStream:
@@ -132,8 +132,8 @@ class UploadSink:
         self._first_bytes = upload_part_bytes(0, config.part_size, channel.slots.count)
         self._buffer = bytearray()
         self._sent = 0
-        self._sending: deque[Future[list[int]]] = deque()
-        self._dropping: Future[None] | None = None
+        self._sending: deque[Call[list[int]]] = deque()
+        self._dropping: Call[None] | None = None
 
     def write(self, data: memoryview, /) -> None:
         """Append a copy of `data`, sending what has become whole parts.
@@ -176,7 +176,7 @@ class UploadSink:
     def settle(self) -> None:
         """Wait until an object that was dropped is: the process may be about to end."""
         if self._dropping is not None:
-            self._portal.wait(self._dropping)
+            self._portal.settle([self._dropping])
 
     def _part_bytes(self) -> int:
         return min(self._first_bytes << (self._sent // _PARTS_PER_SIZE), MAX_PART_BYTES)

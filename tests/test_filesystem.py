@@ -11,7 +11,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import wait
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -111,7 +110,7 @@ def uploads(boto: Any, bucket: str) -> list[Any]:
         pass
 
     portal().call(nothing)  # by which what was submitted before has started
-    wait(list(portal()._tasks), timeout=20)
+    portal().settle(set(portal()._calls))
     return left_uploads(boto, bucket)
 
 

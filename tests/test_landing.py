@@ -435,7 +435,7 @@ def test_a_submission_that_is_interrupted_is_cancelled_with_the_others(
         raise AssertionError
 
     monkeypatch.setattr(store, "get_range", never)
-    submit = here._call_soon
+    submit = here._thread.call_soon
     interrupts = iter([KeyboardInterrupt()])
 
     def interrupted(function: Any) -> None:
@@ -443,7 +443,7 @@ def test_a_submission_that_is_interrupted_is_cancelled_with_the_others(
         if (interrupt := next(interrupts, None)) is not None:
             raise interrupt
 
-    monkeypatch.setattr(here, "_call_soon", interrupted)
+    monkeypatch.setattr(here._thread, "call_soon", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load(store, metadata, [request("w", 0, (0,), (2 * MiB,))], [torch.zeros(2 * MiB)])
     assert begun == ended

@@ -18,8 +18,8 @@ from typing import NoReturn
 
 import pytest
 
-from s3dcp import PortalError, S3Exception
-from s3dcp import _portal as module
+from s3dcp import PortalError, S3Exception, _calls
+from s3dcp._loop_thread import WORKERS
 from s3dcp._portal import Portal, offload, portal
 from tests._scripted import LEAN
 
@@ -143,7 +143,7 @@ class TestCalls:
         # asyncio ends the loop at once, uvloop only once it has told the caller.
         with pytest.raises((PortalError, SystemExit)):
             either.call(leave)
-        either._thread.join(_TIMEOUT_S)
+        either.close()
         assert not either.is_alive
 
     def test_from_its_own_thread_they_are_refused(self, own: Portal) -> None:
@@ -226,14 +226,14 @@ class TestCancel:
         assert all(call.ended.is_set() for call in calls)
         for future in futures:
             with pytest.raises(PortalError, match="cancelled"):
-                future.result(0)
+                future.result()
 
     def test_of_what_has_ended(self, own: Portal) -> None:
         future = own.submit(answer)
         assert own.wait(future) == 42
         own.cancel([future])
         own.cancel([])
-        assert future.result(0) == 42
+        assert future.result() == 42
 
     def test_before_it_started(self, own: Portal) -> None:
         """The loop is held up until the cancellation is queued behind the call."""
@@ -252,14 +252,14 @@ class TestCancel:
         own.wait(holding)
 
         with pytest.raises(PortalError, match="cancelled"):
-            future.result(_TIMEOUT_S)
+            future.result()
         assert not blocked.started.is_set()
 
     def test_the_grace_ends(
         self, own: Portal, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         """A task that will not end holds nobody up for ever."""
-        monkeypatch.setattr(module, "GRACE_S", 0.05)
+        monkeypatch.setattr(_calls, "GRACE_S", 0.05)
         let_go = threading.Event()
         started = threading.Event()
 
@@ -273,12 +273,12 @@ class TestCancel:
         future = own.submit(stubborn)
         assert started.wait(_TIMEOUT_S)
         own.cancel([future])
-        assert not future.done()
-        assert "1 cancelled calls did not end within 0.05 s" in caplog.text
+        assert not future.done
+        assert "1 calls did not end within 0.05 s" in caplog.text
         monkeypatch.undo()
         let_go.set()
         with pytest.raises(PortalError):
-            future.result(_TIMEOUT_S)
+            future.result()
 
     @pytest.mark.parametrize(
         ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGUSR1, LookupError)]
@@ -297,8 +297,8 @@ class TestCancel:
 
         async def interrupted() -> None:
             try:
-                [future] = either._tasks
-                while not vars(future._condition)["_waiters"]:  # noqa: ASYNC110 - tells nobody
+                [call] = either._calls
+                while len(call._callbacks) < 2:  # noqa: ASYNC110 - the waiter tells nobody
                     await asyncio.sleep(0)
                 # One that comes just before the waiting thread sleeps does not wake it.
                 while not handled:
@@ -319,6 +319,43 @@ class TestCancel:
             signal.signal(number, before)
         assert either.call(answer) == 42
 
+    def test_a_second_interrupt_does_not_end_the_waiting(self, either: Portal) -> None:
+        """It is raised in place of the first, once the call has let go of its memory."""
+        handled: list[int] = []
+        ended = threading.Event()
+
+        def handler(*_: object) -> None:
+            handled.append(len(handled))
+            if len(handled) <= 2:
+                raise (KeyboardInterrupt, SystemExit)[handled[-1]]
+
+        async def until_handled(count: int) -> None:
+            while len(handled) < count:
+                os.kill(os.getpid(), signal.SIGUSR1)
+                await asyncio.sleep(0.01)
+
+        async def interrupted() -> None:
+            try:
+                [call] = either._calls
+                while len(call._callbacks) < 2:  # noqa: ASYNC110 - the waiter tells nobody
+                    await asyncio.sleep(0)
+                await until_handled(1)
+                await asyncio.Future()
+            finally:
+                await until_handled(2)
+                for _ in range(100):
+                    await asyncio.sleep(0)
+                ended.set()
+
+        before = signal.signal(signal.SIGUSR1, handler)
+        try:
+            with pytest.raises(SystemExit):
+                either.call(interrupted)
+            assert ended.is_set()
+        finally:
+            signal.signal(signal.SIGUSR1, before)
+        assert either.call(answer) == 42
+
 
 class TestStart:
     def test_a_failure_reaches_the_caller(self) -> None:
@@ -334,6 +371,16 @@ class TestStart:
         for thread in set(threading.enumerate()) - before:
             thread.join(_TIMEOUT_S)
             assert not thread.is_alive()
+
+    def test_without_a_thread_to_be_had(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As while the interpreter exits, from Python 3.12 on."""
+
+        def refuse(thread: threading.Thread) -> None:
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(PortalError, match=r"could not start.*interpreter shutdown"):
+            Portal()
 
     def test_there_is_one_a_process(self) -> None:
         assert portal() is portal()
@@ -394,7 +441,7 @@ class TestClose:
 
         assert blocked.ended.is_set()
         with pytest.raises(PortalError, match="cancelled"):
-            future.result(0)
+            future.result()
 
     def test_it_closes_what_is_open_first(self, own: Portal) -> None:
         closed: list[str] = []
@@ -488,6 +535,48 @@ class TestClose:
         assert "nothing to cancel" in caplog.text
 
 
+class TestDeath:
+    """The loop is stopped by somebody else."""
+
+    def test_its_calls_end(self, either: Portal) -> None:
+        blocked = Blocked(linger=10)
+        call = either.submit(blocked)
+        assert blocked.started.wait(_TIMEOUT_S)
+        loop = either._thread.loop
+        loop.call_soon_threadsafe(loop.stop)
+        with pytest.raises(PortalError, match="cancelled"):
+            call.result()
+        assert blocked.ended.is_set()
+        either.close()
+        assert not either.is_alive
+        with pytest.raises(PortalError, match="takes no more calls"):
+            either.call(answer)
+
+    def test_so_do_those_that_had_not_begun(self, either: Portal) -> None:
+        hold, held = threading.Event(), threading.Event()
+
+        async def die() -> None:
+            held.set()
+            hold.wait(_TIMEOUT_S)  # to hold up the loop is the point
+            asyncio.get_running_loop().stop()
+
+        dying = either.submit(die)
+        assert held.wait(_TIMEOUT_S)
+        waiting = [either.submit(Blocked()) for _ in range(3)]
+        hold.set()
+        dying.wait()
+        for call in waiting:
+            with pytest.raises(PortalError):
+                call.result()
+
+    def test_the_next_call_gets_another(self) -> None:
+        first = portal()
+        first._thread.loop.call_soon_threadsafe(first._thread.loop.stop)
+        first.close()
+        assert portal() is not first
+        assert portal().call(answer) == 42
+
+
 class TestOffload:
     def test_results_and_errors(self, either: Portal) -> None:
         def broken() -> None:
@@ -519,7 +608,7 @@ class TestOffload:
         ran: list[int] = []
 
         async def work() -> None:
-            count = module._WORKERS
+            count = WORKERS
             busy = [asyncio.ensure_future(offload(release.wait, _TIMEOUT_S)) for _ in range(count)]
             queued = asyncio.ensure_future(offload(ran.append, 1))
             await asyncio.sleep(0)

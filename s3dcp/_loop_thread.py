@@ -1,0 +1,154 @@
+"""An event loop on a thread of its own: how it starts, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Awaitable, Callable
+
+from s3dcp._calls import GRACE_S
+from s3dcp._errors import PortalError
+from s3dcp._workers import Workers
+
+_log = logging.getLogger("s3dcp.portal")
+
+# Nothing runs any more: what still waits then waits for a peer that does not read.
+_CLOSE_S = 2.0
+WORKERS = min(4, os.cpu_count() or 1)
+
+
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """Return uvloop's loop where that is installed, asyncio's otherwise."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop()
+    return uvloop.new_event_loop()
+
+
+class LoopThread:
+    """The thread, and its workers. All are started at once, and never another.
+
+    Python 3.12 and later start no threads while the interpreter exits, and an `async_save` may
+    still be in flight then.
+
+    Args:
+        loop_factory: Makes the loop.
+        at_end: Called on the thread when the loop has ended, whyever it has.
+
+    Attributes:
+        loop: The loop.
+
+    Raises:
+        PortalError: there is no loop or no thread to be had.
+    """
+
+    def __init__(
+        self,
+        loop_factory: Callable[[], asyncio.AbstractEventLoop],
+        at_end: Callable[[], None],
+    ) -> None:
+        self._at_end = at_end
+        self._closers: list[Callable[[], Awaitable[None]]] = []
+        # Held to hand the loop a callback, and to close: none is queued behind the loop's end. A
+        # finalizer may come in between on the same thread.
+        self._gate = threading.RLock()
+        self._closing = False
+        self._pid = os.getpid()
+        self._workers = Workers(WORKERS)
+        self._thread = threading.Thread(target=self._run, name="s3dcp-portal", daemon=True)
+        try:
+            self.loop = loop_factory()
+        except Exception as exc:
+            raise PortalError(f"The I/O thread could not start: {exc}") from exc
+        try:
+            self._workers.start()
+            self._thread.start()
+        except RuntimeError as exc:
+            self._workers.shutdown()
+            self.loop.close()
+            raise PortalError(f"The I/O thread could not start: {exc}") from exc
+        except BaseException:  # an interrupt
+            self._workers.shutdown()
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            raise
+
+    @property
+    def is_of_this_process(self) -> bool:
+        """False in a fork, which has the loop, and no thread that runs it."""
+        return self._pid == os.getpid()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether callbacks are accepted."""
+        return self.is_of_this_process and not self._closing
+
+    def call_soon(self, function: Callable[[], None]) -> None:
+        """Have the loop call `function`; from any thread.
+
+        Raises:
+            PortalError: the loop has ended.
+        """
+        if not self.is_of_this_process:
+            raise PortalError("The I/O thread is another process's, of which this is a fork")
+        with self._gate:
+            if self._closing:
+                raise PortalError("The I/O thread has ended and takes no more calls")
+            self.loop.call_soon_threadsafe(function)
+
+    def refuse_own(self) -> None:
+        """Refuse to block the thread.
+
+        Raises:
+            PortalError: it is the one that runs this.
+        """
+        if threading.current_thread() is self._thread:
+            raise PortalError("A blocking call from the I/O thread would wait for itself")
+
+    def at_close(self, function: Callable[[], Awaitable[None]]) -> None:
+        """Await `function` when all else on the loop has ended."""
+        self._closers.append(function)
+
+    def close(self) -> None:
+        """Cancel what is running, close what is open, end the threads. Idempotent."""
+        if not self.is_of_this_process:
+            return
+        self.refuse_own()
+        with self._gate:
+            if not self._closing:
+                self._closing = True
+                self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(GRACE_S)
+        self._workers.shutdown()  # of a loop that hangs, too
+        self._workers.join(GRACE_S)
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self.loop)
+        self.loop.set_default_executor(self._workers)
+        try:
+            self.loop.run_forever()
+        finally:
+            with self._gate:
+                self._closing = True
+            try:
+                self.loop.run_until_complete(self._shut())
+            finally:
+                self.loop.close()  # and with it the workers
+                self._at_end()
+
+    async def _shut(self) -> None:
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        for task in others:
+            task.cancel()
+        if others:
+            await asyncio.wait(others, timeout=GRACE_S)
+        await self.loop.shutdown_asyncgens()
+        deadline_s = self.loop.time() + _CLOSE_S
+        for closer in self._closers:
+            try:
+                async with asyncio.timeout_at(deadline_s):
+                    await closer()
+            except Exception:  # noqa: BLE001 - the others are to be closed all the same
+                _log.debug("closing the portal", exc_info=True)

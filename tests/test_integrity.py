@@ -296,24 +296,25 @@ class TestOnTheWayDown:
 ALGORITHMS = ["CRC64NVME", "CRC32C", "CRC32"]
 
 
+#: The one part of a small save, and a part of a large one.
+REQUESTS = {
+    "PutObject": {"w": fill((1000, 50), seed=1), "small": fill((3,), seed=2)},
+    "UploadPart": {"w": fill((11, MiB // 4), seed=3)},
+}
+
+
 class TestOnTheWayUp:
     def config(self, checksum: Any, attempts: int = 10) -> S3ClientConfig:
         return S3ClientConfig(
             part_size=5 * MiB, checksum=checksum, max_attempts=attempts, max_connections=2
         )
 
-    #: The one part of a small save, and a part of a large one.
-    REQUESTS = {
-        "PutObject": {"w": fill((1000, 50), seed=1), "small": fill((3,), seed=2)},
-        "UploadPart": {"w": fill((11, MiB // 4), seed=3)},
-    }
-
     @pytest.mark.parametrize("operation", REQUESTS)
     @pytest.mark.parametrize("checksum", ALGORITHMS)
     def test_it_is_refused_and_sent_again(
         self, fake: FakeS3, checksum: Any, operation: str
     ) -> None:
-        state = self.REQUESTS[operation]
+        state = REQUESTS[operation]
         rule = fake.inject(
             FlipByte(1000, upload=True), operation=operation, key="*.distcp", times=2
         )
@@ -330,7 +331,7 @@ class TestOnTheWayUp:
     ) -> None:
         fake.inject(FlipByte(1000, upload=True), operation=operation, key="*.distcp", times=None)
         with pytest.raises(CheckpointException) as caught:
-            save(self.REQUESTS[operation], self.config(checksum, attempts=2))
+            save(REQUESTS[operation], self.config(checksum, attempts=2))
         [(error, _)] = caught.value.failures.values()
         assert isinstance(error, ServerError)
         assert (error.code, error.operation) == ("BadDigest", operation)
@@ -339,16 +340,16 @@ class TestOnTheWayUp:
     @pytest.mark.parametrize("checksum", ALGORITHMS)
     def test_in_the_commit(self, fake: FakeS3, checksum: Any) -> None:
         rule = fake.inject(FlipByte(100, upload=True), operation="PutObject", key="run/.metadata")
-        save(self.REQUESTS["PutObject"], self.config(checksum))
+        save(REQUESTS["PutObject"], self.config(checksum))
         assert [record.code for record in rule.struck] == ["BadDigest"]
-        found = blank(self.REQUESTS["PutObject"])
+        found = blank(REQUESTS["PutObject"])
         load(found)
-        assert_same(found, self.REQUESTS["PutObject"])
+        assert_same(found, REQUESTS["PutObject"])
 
     @pytest.mark.parametrize("operation", REQUESTS)
     def test_without_a_checksum_it_is_found_on_load(self, fake: FakeS3, operation: str) -> None:
         rule = fake.inject(FlipByte(1000, upload=True), operation=operation, key="*.distcp")
-        state = self.REQUESTS[operation]
+        state = REQUESTS[operation]
         save(state, self.config(None))
         assert [record.code for record in rule.struck] == [None]
         error = integrity_error(lambda: load(blank(state)))

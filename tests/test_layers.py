@@ -17,7 +17,7 @@ ROWS = {
     "errors": ["_errors", "_collector"],
     "portal": ["_portal"],
     "values": ["_config", "_keys", "_store"],
-    "pure": ["_checksums", "_ranges", "_commit"],
+    "pure": ["_checksums", "_ranges", "_commit", "_opcodes"],
     "engine": ["_flow", "_uploads", "_downloads", "_publish"],
     "transport": ["_receive", "_payload", "_failures", "_client"],
     "tensors": ["_torch_internals", "_metadata", "_framing", "_layouts", "_staging"],

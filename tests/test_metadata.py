@@ -183,7 +183,7 @@ CHUNK = bare(ChunkStorageMetadata, offsets=(0,), sizes=SHAPE)
         (torch.float32, "holds a dtype"),
         (bare(Metadata), "is incomplete"),
         (forged(state_dict_metadata=None), "lists no tensors"),
-        (forged(state_dict_metadata={1: BytesStorageMetadata()}), "names an entry 1"),
+        (forged(state_dict_metadata={1: BytesStorageMetadata()}), "names an entry by a int"),
         (forged(state_dict_metadata={"t": "x"}), "'t' by a str"),
         (forged(state_dict_metadata=entry(chunks=None)), "describes the tensor 't0'"),
         (forged(state_dict_metadata=entry(chunks=[1])), "describes the tensor 't0'"),

@@ -1,0 +1,102 @@
+"""Hostile bytes, tried where they can do no harm: each in a process with little memory and time."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from s3dcp._landing import tensor_of
+from s3dcp._metadata import load_metadata
+
+#: Beyond what the process has when it is started.
+MEMORY_BYTES = 256 << 20
+CPU_S = 10
+
+# Imported once; each case gets a fork, whose end tells what became of it.
+_PROGRAM = f"""
+import importlib, os, pickle, resource, sys, traceback
+module, name, memory_bytes, cases = pickle.load(sys.stdin.buffer)
+function = getattr(importlib.import_module(module), name)
+pages = int(open("/proc/self/statm").read().split()[0])
+memory = pages * resource.getpagesize() + memory_bytes
+for label, case in cases.items():
+    out, into = os.pipe()
+    child = os.fork()
+    if not child:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
+        resource.setrlimit(resource.RLIMIT_CPU, ({CPU_S}, {CPU_S}))
+        try:
+            outcome = "value", repr(function(case))[:500]
+        except MemoryError:
+            outcome = "memory", traceback.format_exc()[-500:]
+        except BaseException as exc:
+            outcome = type(exc).__name__, str(exc)[:2000]
+            if "MemoryError" in outcome[1] or "allocate memory" in outcome[1]:
+                outcome = "memory", outcome[1]
+        os.write(into, pickle.dumps(outcome))
+        os._exit(0)
+    os.close(into)
+    said = open(out, "rb").read()
+    _, status = os.waitpid(child, 0)
+    outcome = pickle.loads(said) if said else ("died", str(status))
+    sys.stdout.buffer.write(pickle.dumps((label, *outcome)))
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of a case.
+
+    Attributes:
+        kind: The name of the error's type; "value", "memory" (there was not enough), or "died"
+            (killed for the time it took, or crashed).
+        text: The error's, or the value's.
+    """
+
+    kind: str
+    text: str
+
+
+def try_bounded(
+    module: str, name: str, cases: Mapping[str, bytes], *, memory_bytes: int = MEMORY_BYTES
+) -> dict[str, Outcome]:
+    """Call a function with each of `cases` in a process of its own, and tell how each went.
+
+    Args:
+        module: Where the function is.
+        name: Its name.
+        cases: What it is called with.
+        memory_bytes: What it may allocate, in address space.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _PROGRAM],
+        input=pickle.dumps((module, name, memory_bytes, dict(cases))),
+        capture_output=True,
+        check=False,
+        timeout=100,
+        cwd=Path(__file__).parents[1],
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    said, found = done.stdout, {}
+    while said:
+        label, kind, text = pickle.loads(said)
+        said = said[len(pickle.dumps((label, kind, text))) :]
+        found[label] = Outcome(kind, text)
+    assert list(found) == list(cases)
+    return found
+
+
+def loaded_metadata(data: bytes) -> object:
+    """Unpickle metadata."""
+    return type(load_metadata(data, source="hostile"))
+
+
+def loaded_item(data: bytes) -> object:
+    """Decode an item as a load does that has no checksums for it."""
+    tensor = tensor_of(memoryview(bytearray(data)))
+    return tensor.dtype, tuple(tensor.shape), tensor.tolist()

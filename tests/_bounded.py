@@ -1,4 +1,4 @@
-"""Hostile bytes, tried where they can do no harm: each in a process with little memory and time."""
+"""Hostile bytes, tried where they can do no harm: in a process with little memory and time."""
 
 from __future__ import annotations
 
@@ -18,35 +18,50 @@ from s3dcp._metadata import load_metadata
 MEMORY_BYTES = 256 << 20
 CPU_S = 10
 
-# Imported once; each case gets a fork, whose end tells what became of it.
+# A fork goes from case to case until one ends it; another then goes on behind that.
 _PROGRAM = f"""
 import importlib, os, pickle, resource, sys, traceback
 module, memory_bytes, cases = pickle.load(sys.stdin.buffer)
 module = importlib.import_module(module)
 pages = int(open("/proc/self/statm").read().split()[0])
 memory = pages * resource.getpagesize() + memory_bytes
-for label, (name, case) in cases.items():
+left = list(cases.items())
+
+def outcome_of(name, case):
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    cpu_s = int(used.ru_utime + used.ru_stime) + {CPU_S}
+    resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, resource.RLIM_INFINITY))
+    try:
+        return "value", repr(getattr(module, name)(case))[:500]
+    except MemoryError:
+        return "memory", traceback.format_exc()[-500:]
+    except BaseException as exc:
+        text = str(exc)[:2000]
+        lacking = "MemoryError" in text or "allocate memory" in text
+        return "memory" if lacking else type(exc).__name__, text
+
+while left:
     out, into = os.pipe()
     child = os.fork()
     if not child:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-        resource.setrlimit(resource.RLIMIT_CPU, ({CPU_S}, {CPU_S}))
-        try:
-            outcome = "value", repr(getattr(module, name)(case))[:500]
-        except MemoryError:
-            outcome = "memory", traceback.format_exc()[-500:]
-        except BaseException as exc:
-            outcome = type(exc).__name__, str(exc)[:2000]
-            if "MemoryError" in outcome[1] or "allocate memory" in outcome[1]:
-                outcome = "memory", outcome[1]
-        os.write(into, pickle.dumps(outcome))
+        for label, (name, case) in left:
+            os.write(into, pickle.dumps((label, *outcome_of(name, case))))
         os._exit(0)
     os.close(into)
-    said = open(out, "rb").read()
+    with open(out, "rb") as pipe:
+        while True:
+            try:
+                said = pickle.load(pipe)
+            except EOFError:
+                break
+            sys.stdout.buffer.write(pickle.dumps(said))
+            del left[0]
     _, status = os.waitpid(child, 0)
-    outcome = pickle.loads(said) if said else ("died", str(status))
-    sys.stdout.buffer.write(pickle.dumps((label, *outcome)))
+    if left:
+        sys.stdout.buffer.write(pickle.dumps((left[0][0], "died", str(status))))
+        del left[0]
 """
 
 
@@ -67,7 +82,7 @@ class Outcome:
 def try_bounded(
     module: str, cases: Mapping[str, tuple[str, bytes]], *, memory_bytes: int = MEMORY_BYTES
 ) -> dict[str, Outcome]:
-    """Call functions, each in a process of its own, and tell how it went.
+    """Call functions in a process that may be killed by them, and tell how it went.
 
     Args:
         module: Where the functions are. To import it takes longer than most cases.

@@ -20,7 +20,7 @@ CPU_S = 10
 
 # A fork goes from case to case until one ends it; another then goes on behind that.
 _PROGRAM = f"""
-import importlib, os, pickle, resource, sys, traceback
+import importlib, os, pickle, resource, sys
 module, memory_bytes, cases = pickle.load(sys.stdin.buffer)
 module = importlib.import_module(module)
 pages = int(open("/proc/self/statm").read().split()[0])
@@ -32,13 +32,11 @@ def outcome_of(name, case):
     cpu_s = int(used.ru_utime + used.ru_stime) + {CPU_S}
     resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, resource.RLIM_INFINITY))
     try:
-        return "value", repr(getattr(module, name)(case))[:500]
-    except MemoryError:
-        return "memory", traceback.format_exc()[-500:]
+        kind, text = "value", repr(getattr(module, name)(case))[:500]
     except BaseException as exc:
-        text = str(exc)[:2000]
-        lacking = "MemoryError" in text or "allocate memory" in text
-        return "memory" if lacking else type(exc).__name__, text
+        kind, text = type(exc).__name__, str(exc)[:2000]
+    lacking = kind == "MemoryError" or "MemoryError" in text or "allocate memory" in text
+    return "memory" if lacking else kind, text
 
 while left:
     out, into = os.pipe()
@@ -47,7 +45,10 @@ while left:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
         for label, (name, case) in left:
-            os.write(into, pickle.dumps((label, *outcome_of(name, case))))
+            kind, text = outcome_of(name, case)
+            os.write(into, pickle.dumps((label, kind, text)))
+            if kind == "memory":
+                break  # an error may hold what there was
         os._exit(0)
     os.close(into)
     with open(out, "rb") as pipe:
@@ -59,7 +60,7 @@ while left:
             sys.stdout.buffer.write(pickle.dumps(said))
             del left[0]
     _, status = os.waitpid(child, 0)
-    if left:
+    if status:
         sys.stdout.buffer.write(pickle.dumps((left[0][0], "died", str(status))))
         del left[0]
 """

@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from s3dcp._checksums import crc_of
 from s3dcp._collector import CollectorPause
 from s3dcp._errors import CorruptMetadataError
 from s3dcp._opcodes import check_opcodes
@@ -37,6 +38,9 @@ from s3dcp._torch_internals import LegacyTensorProperties, _StorageInfo
 _CRCS = "s3dcp_crc64nvme"
 _CRC_BYTES = 8
 _MAX_CRC = (1 << 8 * _CRC_BYTES) - 1
+
+# Behind the pickle's end, where nobody who unpickles looks: what it is, and the pickle's CRC64NVME.
+_SEAL = b"s3dcp crc64nvme"
 
 _PROPERTIES = (TensorProperties, LegacyTensorProperties)
 
@@ -117,9 +121,25 @@ def _unpacked(packed: Any, item_bytes: int) -> ItemCrcs:
 
 
 def dump_metadata(metadata: Metadata) -> bytes:
-    """Pickle a checkpoint's metadata as DCP does."""
+    """Pickle a checkpoint's metadata as DCP does, and append its checksum."""
     with CollectorPause():
-        return pickle.dumps(metadata)
+        pickled = pickle.dumps(metadata)
+    return pickled + _SEAL + _seal_of(pickled)
+
+
+def _seal_of(pickled: bytes | memoryview) -> bytes:
+    return crc_of([memoryview(pickled)]).to_bytes(_CRC_BYTES, "little")
+
+
+def _unsealed(data: bytes | bytearray | memoryview, source: str) -> memoryview:
+    """Return the pickle, verified if it is sealed. Other libraries' are not."""
+    view = memoryview(data)
+    pickled, seal = view[: -len(_SEAL) - _CRC_BYTES], view[-len(_SEAL) - _CRC_BYTES :]
+    if bytes(seal[:-_CRC_BYTES]) != _SEAL:
+        return view
+    if bytes(seal[-_CRC_BYTES:]) != _seal_of(pickled):
+        _refuse(source, "differs from what was saved (CRC64NVME): load an older checkpoint")
+    return pickled
 
 
 def load_metadata(
@@ -136,8 +156,10 @@ def load_metadata(
             of one's own put its own types into, if nobody else can write to the bucket.
 
     Raises:
-        CorruptMetadataError: truncated, no pickle, another object, or types that are not DCP's.
+        CorruptMetadataError: damaged, truncated, no pickle, another object, or types that are not
+            DCP's.
     """
+    data = _unsealed(data, source)
     with CollectorPause():
         try:
             metadata = (

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from s3dcp import (
+    CorruptMetadataError,
     IntegrityError,
     S3ClientConfig,
     S3ReaderConstructor,
@@ -285,6 +286,14 @@ class TestOnTheWayDown:
             load(found, READERS[reader](), path="lone")
             assert_same(found, lone)
 
+    def test_in_the_metadata(self, fake: FakeS3) -> None:
+        save({"w": torch.ones(3)})
+        size = len(fake.read(BUCKET, "run/.metadata"))
+        for at in (*range(0, size, 50), size - 24, size - 23, size - 9, size - 8, size - 1):
+            fake.inject(FlipByte(at), operation="GetObject", key="run/.metadata")
+            with pytest.raises(CorruptMetadataError, match=r"s3://bucket/run/\.metadata "):
+                S3StorageReader(None, f"s3://{BUCKET}/run").read_metadata()
+
     def test_in_a_part(self, fake: FakeS3) -> None:
         save({"blocks": STATE["blocks"]})
         fake.inject(FlipByte(MiB // 2), operation="GetObject", key="*.distcp")
@@ -345,6 +354,13 @@ class TestOnTheWayUp:
         found = blank(REQUESTS["PutObject"])
         load(found)
         assert_same(found, REQUESTS["PutObject"])
+
+    def test_in_the_commit_without_a_checksum(self, fake: FakeS3) -> None:
+        """What says where everything is has a checksum of its own."""
+        fake.inject(FlipByte(100, upload=True), operation="PutObject", key="run/.metadata")
+        save(REQUESTS["PutObject"], self.config(None))
+        with pytest.raises(CorruptMetadataError, match=r"run/\.metadata differs from what was"):
+            S3StorageReader(None, f"s3://{BUCKET}/run").read_metadata()
 
     @pytest.mark.parametrize("operation", REQUESTS)
     def test_without_a_checksum_it_is_found_on_load(self, fake: FakeS3, operation: str) -> None:

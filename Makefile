@@ -44,7 +44,7 @@ tests: install ## Run the tests, two processes at a time
 examples: install ## Run the examples' tests
 	$(if $(wildcard $(EXAMPLES)),$(BIN)/pytest $(EXAMPLES))
 
-# Of each fuzzer, and five times as many of those that make no request: 10,000 take half an hour.
+# For each fuzzer; five times as many for those that make no request.
 FUZZ_EXAMPLES ?= 10000
 
 fuzz: install ## Fuzz the parsers at length; FUZZ_EXAMPLES says how long

@@ -86,7 +86,7 @@ def check_opcodes(data: bytes | bytearray | memoryview) -> int:
         else:
             known = False
         if not known:
-            raise OpcodeError(f"opcode {opcode!r} before byte {at} is cut short, or none it needs")
+            raise OpcodeError(f"opcode {opcode!r}, before byte {at}, is cut short or not admitted")
 
 
 def _number(raw: memoryview) -> int:

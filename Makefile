@@ -14,7 +14,7 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 EXAMPLES := tests/test_examples.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install lint types tests examples check test demo bench clean
+.PHONY: help install lint types tests examples check test fuzz demo bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
@@ -43,6 +43,12 @@ tests: install ## Run the tests, two processes at a time
 
 examples: install ## Run the examples' tests
 	$(if $(wildcard $(EXAMPLES)),$(BIN)/pytest $(EXAMPLES))
+
+# For each fuzzer; five times as many for those that make no request.
+FUZZ_EXAMPLES ?= 10000
+
+fuzz: install ## Fuzz the parsers at length; FUZZ_EXAMPLES says how long
+	FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/pytest -n 2 --timeout 0 --hypothesis-profile fuzz tests/test_fuzz.py
 
 bench: install ## Measure s3dcp beside its peers, and write benchmarks/README.md
 	$(BIN)/python -m benchmarks

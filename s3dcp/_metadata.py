@@ -27,14 +27,19 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
+from s3dcp._checksums import crc_of
 from s3dcp._collector import CollectorPause
 from s3dcp._errors import CorruptMetadataError
+from s3dcp._opcodes import check_opcodes
 from s3dcp._torch_internals import LegacyTensorProperties, _StorageInfo
 
 # An attribute that stock readers ignore and stock pickling carries along.
 _CRCS = "s3dcp_crc64nvme"
 _CRC_BYTES = 8
 _MAX_CRC = (1 << 8 * _CRC_BYTES) - 1
+
+# Behind the pickle's end, where nobody who unpickles looks: what it is, and the pickle's CRC64NVME.
+_SEAL = b"s3dcp crc64nvme"
 
 _PROPERTIES = (TensorProperties, LegacyTensorProperties)
 
@@ -107,9 +112,25 @@ def _unpacked(packed: Any, item_bytes: int) -> ItemCrcs:
 
 
 def dump_metadata(metadata: Metadata) -> bytes:
-    """Pickle a checkpoint's metadata as DCP does."""
+    """Pickle a checkpoint's metadata as DCP does, and append its checksum."""
     with CollectorPause():
-        return pickle.dumps(metadata)
+        pickled = pickle.dumps(metadata)
+    return pickled + _SEAL + _seal_of(pickled)
+
+
+def _seal_of(pickled: bytes | memoryview) -> bytes:
+    return crc_of([memoryview(pickled)]).to_bytes(_CRC_BYTES, "little")
+
+
+def _unsealed(data: bytes | bytearray | memoryview, source: str) -> memoryview:
+    """Return the pickle, verified if it is sealed. Other libraries' are not."""
+    view = memoryview(data)
+    pickled, seal = view[: -len(_SEAL) - _CRC_BYTES], view[-len(_SEAL) - _CRC_BYTES :]
+    if bytes(seal[:-_CRC_BYTES]) != _SEAL:
+        return view
+    if bytes(seal[-_CRC_BYTES:]) != _seal_of(pickled):
+        _refuse(source, "differs from what was saved (CRC64NVME): load an older checkpoint")
+    return pickled
 
 
 def load_metadata(
@@ -126,14 +147,16 @@ def load_metadata(
             of one's own put its own types into, if nobody else can write to the bucket.
 
     Raises:
-        CorruptMetadataError: truncated, no pickle, another object, or types that are not DCP's.
+        CorruptMetadataError: damaged, truncated, no pickle, another object, or types that are not
+            DCP's.
     """
+    data = _unsealed(data, source)
     with CollectorPause():
         try:
             metadata = (
                 pickle.loads(data)  # noqa: S301  # what `trusted` stands for
                 if trusted
-                else _Unpickler(data, source).load()
+                else _unpickled(data, source)
             )
         except CorruptMetadataError:
             raise
@@ -168,7 +191,7 @@ def _check_entries(entries: object, source: str) -> None:
         _refuse(source, "lists no tensors")
     for fqn, entry in entries.items():
         if not isinstance(fqn, str):
-            _refuse(source, f"names an entry {fqn!r}")
+            _refuse(source, f"names an entry by a {type(fqn).__name__}")
         if isinstance(entry, TensorStorageMetadata):
             if not _is_tensor_entry(entry):
                 _refuse(source, f"describes the tensor {fqn!r} in a way that is not DCP's")
@@ -205,8 +228,13 @@ def _is_tensor_entry(entry: Any) -> bool:
             isinstance(chunk, ChunkStorageMetadata)
             and _is_a(chunk.offsets, torch.Size)
             and _is_a(chunk.sizes, torch.Size)
+            and len(chunk.offsets) == len(chunk.sizes) == len(entry.size)
         ):
             return False
+        # torch checks it when it saves, and takes its word for it when it loads.
+        for start, size, end in zip(chunk.offsets, chunk.sizes, entry.size, strict=True):
+            if not 0 <= start <= start + size <= end:
+                return False
     return True
 
 
@@ -250,18 +278,48 @@ class _MemoryFormat(int, metaclass=_Sealed):
     __hash__ = int.__hash__
 
 
-def _layout(name: str) -> torch.layout:
-    return _LAYOUTS[name]
+class _Layout(metaclass=_Sealed):
+    """Makes layouts as `torch.serialization._get_layout` does."""
+
+    def __new__(cls, name: str) -> Any:
+        return _LAYOUTS[name]
 
 
-def _posix_path(*parts: str) -> pathlib.PurePath:
-    return pathlib.PurePosixPath(*parts)
+class _Size(metaclass=_Sealed):
+    """Makes sizes, and none from a list that is there once and named many times."""
+
+    def __new__(cls, sizes: tuple[int, ...]) -> Any:
+        if type(sizes) is not tuple or len(sizes) > _MAX_DIMENSIONS:
+            raise ValueError("the size of no tensor")
+        return torch.Size(sizes)
 
 
-def _windows_path(*parts: str) -> pathlib.PurePath:
-    return pathlib.PureWindowsPath(*parts)
+class _OrderedDict(metaclass=_Sealed):
+    """Makes empty ones, as pickles do; from an argument, it would copy that."""
+
+    def __new__(cls) -> Any:
+        return OrderedDict()
 
 
+class _PosixPath(metaclass=_Sealed):
+    def __new__(cls, *parts: str) -> Any:
+        return pathlib.PurePosixPath(*_checked(parts))
+
+
+class _WindowsPath(metaclass=_Sealed):
+    def __new__(cls, *parts: str) -> Any:
+        return pathlib.PureWindowsPath(*_checked(parts))
+
+
+def _checked(parts: tuple[str, ...]) -> tuple[str, ...]:
+    # A path made of paths is as long as all of them: a few dozen, each of two, fill the memory.
+    if not all(type(part) is str for part in parts) or sum(map(len, parts)) > _MAX_PATH_CHARS:
+        raise ValueError("not a path of a file system")
+    return parts
+
+
+_MAX_DIMENSIONS = 64  # torch's own limit for a tensor that is more than a shape
+_MAX_PATH_CHARS = 1 << 16
 _LAYOUTS = {str(value): value for value in vars(torch).values() if isinstance(value, torch.layout)}
 _METADATA = "torch.distributed.checkpoint.metadata"
 _LEGACY = "torch.distributed._shard.sharded_tensor.metadata"  # up to torch 2.2
@@ -289,21 +347,27 @@ _GLOBALS: dict[tuple[str, str], object] = {
         for value in vars(torch).values()
         if isinstance(value, torch.dtype)
     },
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): _layout,
-    ("collections", "OrderedDict"): OrderedDict,
+    ("torch", "Size"): _Size,
+    ("torch.serialization", "_get_layout"): _Layout,
+    ("collections", "OrderedDict"): _OrderedDict,
     # Python 3.13 alone names them by their private module. Other systems' classes cannot be made.
     **{
         (module, name): make
         for module in ("pathlib", "pathlib._local")
         for name, make in (
-            ("PosixPath", _posix_path),
-            ("PurePosixPath", _posix_path),
-            ("WindowsPath", _windows_path),
-            ("PureWindowsPath", _windows_path),
+            ("PosixPath", _PosixPath),
+            ("PurePosixPath", _PosixPath),
+            ("WindowsPath", _WindowsPath),
+            ("PureWindowsPath", _WindowsPath),
         )
     },
 }
+
+
+def _unpickled(data: bytes | bytearray | memoryview, source: str) -> object:
+    if check_opcodes(data) != len(data):
+        raise ValueError("it goes on after its end")
+    return _Unpickler(data, source).load()
 
 
 class _Unpickler(pickle.Unpickler):

@@ -202,12 +202,20 @@ class S3StorageReader(FileSystemReader):
             return item
         data = item.read(sinfo.length)
         if crc_of([memoryview(data)]) != crcs.item:
-            raise IntegrityError(
-                f"Bytes [{sinfo.offset}, {sinfo.offset + sinfo.length}) of {sinfo.relative_path} "
-                f"under {self.path} differ from those that were saved (CRC64NVME): load an older "
-                "checkpoint"
-            )
+            raise self._damaged(sinfo)
         return io.BytesIO(data)
+
+    def _damaged(self, sinfo: _StorageInfo) -> IntegrityError:
+        # torch does not say whose item it asks for.
+        names = [index.fqn for index, info in self.storage_data.items() if info is sinfo]
+        base = parse_s3_uri(self.path)
+        uri = S3Uri(base.bucket, join(base.key, sinfo.relative_path))
+        return IntegrityError(
+            f"{', '.join(names)}: bytes [{sinfo.offset}, {sinfo.offset + sinfo.length}) of {uri} "
+            "differ from those that were saved (CRC64NVME): load an older checkpoint",
+            bucket=uri.bucket,
+            key=uri.key,
+        )
 
     def _read_ranges(
         self, plan: LoadPlan, planner: LoadPlanner, base: S3Uri, max_gap_bytes: float

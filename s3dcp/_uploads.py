@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import weakref
 from collections.abc import Sequence
 from functools import partial
 from typing import cast
@@ -18,7 +19,7 @@ from s3dcp._errors import IncompleteSaveError, ObjectNotFoundError, S3Exception
 from s3dcp._flow import Channel, wait_all
 from s3dcp._keys import S3Uri
 from s3dcp._portal import offload
-from s3dcp._store import Checksum, Part, Views
+from s3dcp._store import Checksum, Part, Receipt, Store, Views
 
 _log = logging.getLogger("s3dcp.uploads")
 
@@ -51,7 +52,8 @@ class Upload:
         self.touched = True
         put = partial(self._channel.store.put, self.uri, body, checksum=checksum)
         size = sum(view.nbytes for view in body)
-        await self._channel.request("PutObject", self.uri, put, size_bytes=size)
+        receipt = await self._channel.request("PutObject", self.uri, put, size_bytes=size)
+        heed(receipt, self._channel.store, self.uri, checksum)
         self._closed = True
         return crcs
 
@@ -78,6 +80,7 @@ class Upload:
         )
         size = sum(view.nbytes for view in body)
         receipt = await self._channel.request("UploadPart", self.uri, send, size_bytes=size)
+        heed(receipt, self._channel.store, self.uri, checksum)
         # A checksum that the store did not echo is not named again on completion.
         named = checksum if receipt.checksum_echoed else None
         part = Part(number=number, etag=receipt.etag, checksum=named)
@@ -192,6 +195,22 @@ def checksums_of(body: Views, algorithm: ChecksumName | None) -> tuple[list[int]
         sizes = (view.nbytes for view in body)
         return crcs, Checksum(algorithm, combine(zip(crcs, sizes, strict=True)))
     return crcs, Checksum(algorithm, crc_of(body, algorithm))
+
+
+_warned: weakref.WeakSet[Store] = weakref.WeakSet()
+
+
+def heed(receipt: Receipt, store: Store, uri: S3Uri, checksum: Checksum | None) -> None:
+    """Warn, once a store, if it took a body and said nothing of the checksum that came along."""
+    if checksum is None or receipt.checksum_echoed or store in _warned:
+        return
+    _warned.add(store)
+    _log.warning(
+        "the store behind bucket %r does not verify %s checksums: what is damaged on its way there "
+        "is found on load, by the CRCs in .metadata; S3ClientConfig(checksum=None) sends none",
+        uri.bucket,
+        checksum.algorithm,
+    )
 
 
 def _whole(sent: Sequence[tuple[Part, int]], algorithm: ChecksumName | None) -> Checksum | None:

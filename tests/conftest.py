@@ -24,7 +24,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 # The machine is shared: how long an example took says nothing of the code.
-hypothesis.settings.register_profile("shared", deadline=None)
+# And a test that passes for one who has not touched it passes for the next: `make fuzz` explores.
+hypothesis.settings.register_profile("shared", deadline=None, derandomize=True)
+hypothesis.settings.register_profile(
+    "fuzz",
+    deadline=None,
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "10000")),
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
 hypothesis.settings.load_profile("shared")
 
 _SERVERS = {"rclone", "moto", "s3"}

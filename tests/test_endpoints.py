@@ -550,8 +550,9 @@ class TestProxies:
         checkpoint(f"s3://{bucket}/run", region=server.region)
 
 
-def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+def warnings_of(caplog: pytest.LogCaptureFixture, logger: str = "s3dcp.commits") -> list[str]:
+    found = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    return [record.getMessage() for record in found if record.name == logger]
 
 
 def without(names: str, handler: Handler, *, of_answers: bool) -> Handler:
@@ -628,10 +629,14 @@ class TestStoresThatLackFeatures:
             assert {"if-match", "if-none-match"}.isdisjoint(request.headers)
         assert len(warnings_of(caplog)) == 1
 
-    def test_checksums_are_not_echoed(self, server: Server, bucket: str) -> None:
+    def test_checksums_are_not_echoed(
+        self, server: Server, bucket: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
         self.check_no_checksum_is_named(
             bucket, without("x-amz-checksum", forward(server.endpoint_url), of_answers=True)
         )
+        [warning] = warnings_of(caplog, "s3dcp.uploads")
+        assert "does not verify CRC64NVME checksums" in warning
 
     def test_checksums_are_not_known(self, moto: Server, bucket: str) -> None:
         """On moto: to rclone the headers are a part of the signature."""

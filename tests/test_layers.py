@@ -17,7 +17,7 @@ ROWS = {
     "errors": ["_errors", "_collector"],
     "portal": ["_calls", "_workers", "_loop_thread", "_portal"],
     "values": ["_config", "_keys", "_store"],
-    "pure": ["_checksums", "_ranges", "_commit", "_inventory"],
+    "pure": ["_checksums", "_ranges", "_commit", "_inventory", "_opcodes"],
     "engine": ["_pacing", "_tally", "_flow", "_uploads", "_downloads", "_publish"],
     "transport": ["_receive", "_sockets", "_payload", "_failures", "_client"],
     "tensors": ["_torch_internals", "_metadata", "_framing", "_layouts", "_staging"],

@@ -122,6 +122,8 @@ class S3Store:
     async def head(self, uri: S3Uri) -> ObjectInfo:
         with mapped("HeadObject", uri):
             answer = await self._call("head_object", uri, **self._read_args())
+            if "ContentLength" not in answer:
+                raise S3ProtocolError("The answer does not say how large the object is")
             return _info(uri, answer, int(answer["ContentLength"]))
 
     async def list(self, uri: S3Uri, *, delimiter: str = "") -> AsyncIterator[ObjectInfo]:

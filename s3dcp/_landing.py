@@ -178,6 +178,22 @@ def group(items: Iterable[ReadItem], metadata: Metadata, base: S3Uri) -> list[It
     return list(found.values())
 
 
+def check_place(item: Item, object_bytes: int) -> None:
+    """Check that an item lies within its object.
+
+    Raises:
+        CorruptMetadataError: it does not.
+    """
+    end = item.info.offset + item.info.length
+    if end > object_bytes:
+        raise CorruptMetadataError(
+            f"{item.name}: its metadata places it at bytes [{item.info.offset}, {end}) of "
+            f"{item.uri}, which has {object_bytes}",
+            bucket=item.uri.bucket,
+            key=item.uri.key,
+        )
+
+
 def needed_ranges(
     requests: Sequence[ReadItem], stored: Stored | None, crcs: ItemCrcs | None, length: int
 ) -> list[tuple[int, int]]:
@@ -196,7 +212,7 @@ def needed_ranges(
     if crcs is not None:
         if crcs.block_bytes is None or crcs.data_offset is None:
             return whole
-        if crcs.data_offset != len(stored.frame.header):
+        if crcs[1:3] != (len(stored.frame.header), stored.frame.data_bytes):
             return whole
         start -= start % crcs.block_bytes
         end = min(-(-end // crcs.block_bytes) * crcs.block_bytes, stored.frame.data_bytes)
@@ -359,6 +375,24 @@ def copy_to_device(item: Item, start: int, view: memoryview) -> None:
     if first < last:
         source = torch.frombuffer(view[first - start : last - start], dtype=torch.uint8)
         item.device[first - data_at : last - data_at].copy_(source, non_blocking=True)
+
+
+def stored_tensor(item: Item, data: memoryview) -> torch.Tensor:
+    """Return a whole item's tensor, over `data` itself where its layout is plain.
+
+    Raises:
+        IntegrityError: it is none.
+    """
+    try:
+        return tensor_of(data)
+    except Exception as exc:  # torch.load fails in every way there is
+        first = item.info.offset
+        raise IntegrityError(
+            f"{item.name}: bytes [{first}, {first + item.info.length}) of {item.uri} hold no "
+            f"tensor that torch.load can read: {type(exc).__name__}: {exc}",
+            bucket=item.uri.bucket,
+            key=item.uri.key,
+        ) from exc
 
 
 def tensor_of(data: memoryview) -> torch.Tensor:

@@ -15,6 +15,7 @@ import queue
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, cast
 
 import torch
@@ -26,17 +27,18 @@ from s3dcp._collector import CollectorPause
 from s3dcp._config import MiB, S3ClientConfig
 from s3dcp._downloads import Downloads
 from s3dcp._errors import S3Exception
-from s3dcp._flow import Channel
+from s3dcp._flow import Channel, wait_all
 from s3dcp._framing import memory_of
 from s3dcp._keys import S3Uri
 from s3dcp._landing import (
     Item,
+    check_place,
     copy_request,
     copy_to_device,
     group,
     rows_of,
     settle_place,
-    tensor_of,
+    stored_tensor,
     verify,
 )
 from s3dcp._portal import Calls, Portal
@@ -46,6 +48,9 @@ from s3dcp._torch_internals import _StorageReaderTransforms
 
 # Requests handed to the portal ahead of those on the wire; more would only cost memory.
 _QUEUED_PER_SLOT = 2
+
+# Less than this is allocated for whatever length the metadata states.
+_UNDOUBTED_BYTES = MiB
 
 _garbage = memoryview(bytearray(256 << 10))
 
@@ -122,6 +127,7 @@ class LoadedItems:
         try:
             with self._pause:
                 wanted = group(items, metadata, base)
+                self._check_places(wanted)
                 for uri, span in self._plan(wanted):
                     while len(self._fetching) >= queued:
                         self._settle()
@@ -134,6 +140,22 @@ class LoadedItems:
         except BaseException:
             self._calls.cancel()
             raise
+
+    def _check_places(self, items: Sequence[Item]) -> None:
+        """Check large items of which nothing but their place tells how large they are.
+
+        So that no more is allocated for a forged length than there are bytes in the bucket.
+        """
+        doubtful: defaultdict[S3Uri, list[Item]] = defaultdict(list)
+        for item in items:
+            if item.stored is None and item.info.length > _UNDOUBTED_BYTES:
+                doubtful[item.uri].append(item)
+        if not doubtful:
+            return
+        heads = [partial(self._downloads.head, uri) for uri in doubtful]
+        for info, placed in zip(self._portal.call(wait_all, heads), doubtful.values(), strict=True):
+            for item in placed:
+                check_place(item, info.size_bytes)
 
     def _plan(self, items: Sequence[Item]) -> list[tuple[S3Uri, Span[Item]]]:
         wants: defaultdict[S3Uri, list[Want[Item]]] = defaultdict(list)
@@ -280,7 +302,9 @@ class LoadedItems:
                 self._planner.load_bytes(request, io.BytesIO(data))
                 continue
             if tensor is None:
-                tensor, first_row = rows_of(item, data) if item.is_partial else (tensor_of(data), 0)
+                tensor, first_row = (
+                    rows_of(item, data) if item.is_partial else (stored_tensor(item, data), 0)
+                )
             target = next(targets)
             copy_request(item, request, target, tensor, first_row)
             self._planner.commit_tensor(request, target)

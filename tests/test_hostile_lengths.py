@@ -1,6 +1,6 @@
 """Lengths, offsets and shapes that a hostile `.metadata` states: a typed error, in little memory.
 
-Each load runs in a process that may have 512 MiB more than it starts with, and seconds.
+Each load runs in a process that may have 1 GiB more than it starts with, and seconds.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _change(info: Any, name: str) -> None:
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Outcome]:
     cases = {label: ("loaded", pickle.dumps(case)) for label, case in CASES.items()}
-    return try_bounded("tests.test_hostile_lengths", cases, memory_bytes=512 * MiB)
+    return try_bounded("tests.test_hostile_lengths", cases, memory_bytes=1024 * MiB)
 
 
 @pytest.mark.parametrize("case", CASES)

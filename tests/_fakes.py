@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -114,3 +115,27 @@ class Hold(Fault):
             exchange.perform()
         await exchange.stall()
         await super().play(exchange)
+
+
+def data_keys(server: FakeS3, path: str) -> set[str]:
+    """Return the keys of all data objects under a path, whether anything refers to them or not."""
+    return {key for key in server.keys(BUCKET, f"{path}/") if key.endswith(".distcp")}
+
+
+@dataclass(frozen=True)
+class Late(Fault):
+    """Lets a request take effect when released, whether its client is still there or not.
+
+    Attributes:
+        arrived: Set when it has.
+    """
+
+    arrived: Event = field(default_factory=Event)
+
+    async def play(self, exchange: Exchange) -> None:
+        await exchange.receive()
+        assert exchange.rule is not None
+        exchange.rule.note(exchange.record)
+        await exchange.rule.gate.event().wait()
+        exchange.perform()
+        self.arrived.set()

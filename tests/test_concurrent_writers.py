@@ -19,13 +19,12 @@ from s3dcp import (
     AccessDeniedError,
     CheckpointExistsError,
     CommitConflictError,
-    S3ClientConfig,
     ConflictError,
+    S3ClientConfig,
     S3Exception,
 )
 from s3dcp.testing import Drop, FakeS3, Fault, Refuse, internal_error, lost_response
 from tests._fakes import (
-    BUCKET,
     METADATA,
     Hold,
     Late,
@@ -60,15 +59,16 @@ def _server() -> Iterator[FakeS3]:
 
 
 @pytest.fixture
-def fake(_server: FakeS3) -> Iterator[FakeS3]:
-    with addressed(_server) as server:
-        yield server
-
-
-@pytest.fixture
 def jobs() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(8) as threads:
         yield threads
+
+
+@pytest.fixture
+def fake(_server: FakeS3, jobs: ThreadPoolExecutor) -> Iterator[FakeS3]:
+    """The server; what it holds back goes on before the jobs are waited for."""
+    with addressed(_server) as server:
+        yield server
 
 
 def outcome(job: Callable[[], None]) -> S3Exception | None:
@@ -284,9 +284,7 @@ def test_every_outcome_of_a_commit(fake: FakeS3, jobs: ThreadPoolExecutor, case:
         fake.inject(case.read_back, operation="GetObject", key=KEY, skip=2)
     reads = {"before": 1, "after": 2, "": 99}[case.b]
     hold = fake.inject(Hold(answer=case.b == "before"), operation="GetObject", key=KEY, skip=reads)
-    job: Future[S3Exception | None] = jobs.submit(
-        outcome, saving(A, overwrite=case.overwrite)
-    )
+    job: Future[S3Exception | None] = jobs.submit(outcome, saving(A, overwrite=case.overwrite))
     if case.b:
         hold.wait()
         fake.rules.clear()
@@ -308,9 +306,7 @@ def test_every_outcome_of_a_commit(fake: FakeS3, jobs: ThreadPoolExecutor, case:
     assert_same(load(B, "ck"), B)
 
 
-def test_a_commit_that_arrives_late_changes_nothing(
-    fake: FakeS3, jobs: ThreadPoolExecutor
-) -> None:
+def test_a_commit_that_arrives_late_changes_nothing(fake: FakeS3, jobs: ThreadPoolExecutor) -> None:
     """The first is given up on its way, and arrives after two later saves."""
     impatient = replace(CONFIG, read_timeout_s=0.2)
     save(OLD, "ck", CONFIG)
@@ -325,13 +321,11 @@ def test_a_commit_that_arrives_late_changes_nothing(
     assert_holds(fake, "ck", B)
 
 
-def test_jobs_of_two_processes(
-    fake: FakeS3, jobs: ThreadPoolExecutor, ranks2: RankPool
-) -> None:
+def test_jobs_of_two_processes(fake: FakeS3, jobs: ThreadPoolExecutor, ranks2: RankPool) -> None:
     """As above, without anything shared."""
     hold = fake.inject(Hold(), operation="PutObject", key=KEY, times=2)
     running = jobs.submit(ranks2.run, _save_as_rank)
-    hold.wait(2)
+    hold.wait(2, timeout_s=60)
     hold.release()
     outcomes = running.result(30)
 
@@ -353,7 +347,12 @@ def _save_as_rank() -> str:
 
 @pytest.mark.parametrize(
     ("setting", "refusal"),
-    [(None, None), (False, None), (None, Refuse("NotImplemented")), (None, Refuse("InvalidRequest"))],
+    [
+        (None, None),
+        (False, None),
+        (None, Refuse("NotImplemented")),
+        (None, Refuse("InvalidRequest")),
+    ],
     ids=["ignored", "off", "refused with 501", "refused with 400"],
 )
 def test_a_store_without_conditions_is_for_one_writer(

@@ -1,0 +1,269 @@
+"""Every fault of a network and a store, and what a whole save and a whole load make of it.
+
+The table below is the test: a fault, the requests that it is played to, and what follows for the
+one who called `dcp.save` or `dcp.load`. Either nothing, but for requests that were sent again; or
+one typed error, after which what was there before is there still, and nothing else.
+"""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import pytest
+import trustme
+
+from s3dcp import (
+    CheckpointChangedError,
+    ConflictError,
+    IntegrityError,
+    PreconditionFailedError,
+    S3ClientConfig,
+    S3ConnectionError,
+    S3CredentialsError,
+    S3Exception,
+    S3ProtocolError,
+    S3TimeoutError,
+    ServerError,
+    ThrottledError,
+)
+from s3dcp.testing import (
+    Cut,
+    Drip,
+    Drop,
+    Extend,
+    FakeS3,
+    Fault,
+    FlipByte,
+    IgnoreRange,
+    Record,
+    Refuse,
+    Stall,
+    StopReading,
+    WrongRange,
+    internal_error,
+    lost_response,
+    slow_down,
+)
+from tests._fakes import BUCKET, METADATA, addressed, assert_holds, load, save
+from tests._states import MiB, StateDict, assert_same, fill
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+# torch says so of every save and load without a process group, `no_dist=True` or not.
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is :UserWarning")
+
+#: How often a request is tried here.
+TRIES = 4
+CONFIG = S3ClientConfig(
+    max_attempts=TRIES, conditional_writes=True, part_size=5 * MiB, max_connections=8
+)
+#: With it a peer that makes no progress is given up within the test.
+IMPATIENT = replace(CONFIG, read_timeout_s=0.25)
+
+OLD: StateDict = {"old": fill((16, 8), seed=1), "step": 1}
+#: An item that is copied when it arrives, in an object of one PUT.
+SMALL: StateDict = {"weights": fill((64, 64), seed=2), "step": 2}
+#: One that is received straight into the tensor, and sent as three parts straight from it.
+LARGE: StateDict = {"weights": fill((3, MiB), seed=3), "step": 3}
+
+
+@dataclass(frozen=True)
+class Request:
+    """The requests of a save or a load that a fault is played to.
+
+    Attributes:
+        part: Which part, of a multipart upload.
+    """
+
+    name: str
+    state: StateDict
+    operation: str
+    key: str = "*.distcp"
+    part: str | None = None
+
+    def is_meant(self, record: Record) -> bool:
+        """Tell whether it is this one, asked of those with its operation and key."""
+        return self.part is None or record.query.get("partNumber") == self.part
+
+    def count(self, server: FakeS3) -> int:
+        """Return how often it was sent."""
+        suffix = self.key.removeprefix("*")
+        return sum(
+            record.operation == self.operation
+            and record.key.endswith(suffix)
+            and self.is_meant(record)
+            for record in server.requests
+        )
+
+
+PUT = Request("the PUT", SMALL, "PutObject")
+CREATE = Request("the start of an upload", LARGE, "CreateMultipartUpload")
+PART = Request("a part", LARGE, "UploadPart", part="2")
+COMPLETE = Request("the completion", LARGE, "CompleteMultipartUpload")
+SAVES = (PUT, CREATE, PART, COMPLETE)
+BODIES = (PUT, PART)  # those with one
+
+METADATA_GET = Request("the GET of the metadata", SMALL, "GetObject", f"*/{METADATA}")
+COPIED = Request("a GET that is copied", SMALL, "GetObject")
+DIRECT = Request("a GET into the tensor", LARGE, "GetObject")
+LOADS = (METADATA_GET, COPIED, DIRECT)
+RANGES = (COPIED, DIRECT)
+
+
+@dataclass(frozen=True)
+class Then:
+    """What follows.
+
+    Attributes:
+        tries: How often the request is sent in all.
+        error: What the save or the load raises, if it fails.
+        says: A word of the error's text.
+    """
+
+    tries: int
+    error: type[S3Exception] | None = None
+    says: str = ""
+
+
+once = Then(1)
+again = Then(2)
+
+
+def fails(error: type[S3Exception], tries: int = 1, says: str = "") -> Then:
+    return Then(tries, error, says)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A fault, how often it is played, to which requests, and what follows."""
+
+    name: str
+    fault: Fault
+    requests: tuple[Request, ...]
+    then: Then
+    times: int | None = 1
+    config: S3ClientConfig = CONFIG
+
+
+BOTH = (*SAVES, *LOADS)
+
+TABLE = [
+    # The store is not well.
+    Row("503 SlowDown, three times", slow_down(), BOTH, Then(4), times=3),
+    Row("503 SlowDown, on and on", slow_down(), BOTH, fails(ThrottledError, TRIES), times=None),
+    Row("500 before the body", internal_error("head"), BOTH, again),
+    Row("500 after the body", internal_error(), BOTH, again),
+    Row("500, on and on", internal_error(), BOTH, fails(ServerError, TRIES), times=None),
+    Row("500 although it took effect", internal_error("effect"), (PUT, PART, *LOADS), again),
+    Row("400 RequestTimeout", Refuse("RequestTimeout"), BODIES, again),
+    Row("409", Refuse("OperationAborted"), BOTH, again),
+    Row("409, on and on", Refuse("OperationAborted"), BOTH, fails(ConflictError, TRIES), None),
+    # Nobody asked for a condition.
+    Row("412", Refuse("PreconditionFailed"), SAVES, fails(PreconditionFailedError)),
+    Row("412", Refuse("PreconditionFailed"), (METADATA_GET,), fails(PreconditionFailedError)),
+    Row("412", Refuse("PreconditionFailed"), RANGES, fails(CheckpointChangedError)),
+    Row("an expired token", Refuse("ExpiredToken"), BOTH, fails(S3CredentialsError)),
+    # The connection is lost.
+    Row("reset before the body", Drop(at="head"), BOTH, again),
+    Row("reset before the answer", Drop(), BOTH, again),
+    Row("closed before the answer", Drop(reset=False), BOTH, again),
+    Row("reset, on and on", Drop(), BOTH, fails(S3ConnectionError, TRIES), times=None),
+    Row("the answer is lost", lost_response(), BOTH, again),
+    Row("reset within the head", Cut(head_bytes=20, reset=True), BOTH, again),
+    Row("closed within the head", Cut(head_bytes=20), BOTH, again),
+    Row("reset before the body's first byte", Cut(0, reset=True), LOADS, again),
+    Row("reset within the body", Cut(1000, reset=True), LOADS, again),
+    Row("a body that ends early", Cut(1000), LOADS, again),
+    Row("a body that ends late in it", Cut(2 * MiB + 1), (DIRECT,), again),
+    Row("every body ends early", Cut(10), LOADS, fails(S3ConnectionError, TRIES), None),
+    # It is slow.
+    Row("no answer", Stall(head=False), (*BODIES, *LOADS), again, config=IMPATIENT),
+    Row("a body that stops", Stall(1000), LOADS, again, config=IMPATIENT),
+    Row(
+        "every body stops",
+        Stall(1000),
+        (COPIED, DIRECT),
+        fails(S3TimeoutError, TRIES),
+        times=None,
+        config=replace(IMPATIENT, read_timeout_s=0.1),
+    ),
+    Row("a reader that stops", StopReading(1000), (PART,), again, config=IMPATIENT),
+    Row("a slow drip", Drip(4096, 0.02), (COPIED,), once, config=replace(CONFIG, read_timeout_s=1)),
+    Row("a slow drip", Drip(MiB, 0.1), (DIRECT,), once, config=replace(CONFIG, read_timeout_s=1)),
+    # The answer is wrong.
+    Row("a longer body", Extend(), RANGES, again),
+    Row("longer bodies", Extend(), (DIRECT,), fails(S3ProtocolError, 3), times=None),
+    Row("the whole for a range", IgnoreRange(), RANGES, again),
+    Row("the whole for every range", IgnoreRange(), RANGES, fails(S3ProtocolError, 3), times=None),
+    Row("another range", WrongRange(), RANGES, again),
+    Row("other ranges", WrongRange(), RANGES, fails(S3ProtocolError, 3), times=None),
+    # Bytes are not what was sent.
+    Row("a byte flipped on its way up", FlipByte(900, upload=True), BODIES, again),
+    Row(
+        "bytes flipped on their way up",
+        FlipByte(900, upload=True),
+        BODIES,
+        fails(ServerError, TRIES, "BadDigest"),
+        times=None,
+    ),
+    Row("a byte flipped on its way down", FlipByte(2000), RANGES, fails(IntegrityError, 1, "weights")),
+]
+CASES = [
+    pytest.param(row, request, id=f"{row.name}: {request.name}")
+    for row in TABLE
+    for request in row.requests
+]
+
+
+@pytest.fixture(scope="module")
+def _server() -> Iterator[FakeS3]:
+    with FakeS3() as server:
+        yield server
+
+
+@pytest.fixture
+def fake(_server: FakeS3) -> Iterator[FakeS3]:
+    with addressed(_server) as server:
+        yield server
+
+
+def strike(server: FakeS3, row: Row, request: Request) -> None:
+    server.inject(
+        row.fault,
+        operation=request.operation,
+        key=request.key,
+        where=request.is_meant,
+        times=row.times,
+    )
+
+
+def outcome(function: Callable[[], object]) -> S3Exception | None:
+    try:
+        function()
+    except S3Exception as exc:
+        return exc
+    return None
+
+
+@pytest.mark.parametrize(("row", "request_"), CASES)
+def test_every_fault(fake: FakeS3, row: Row, request_: Request) -> None:
+    saves = request_ in SAVES
+    save(OLD if saves else request_.state, "ck", CONFIG)
+    fake.forget()
+    strike(fake, row, request_)
+    function = save if saves else load
+
+    error = outcome(lambda: function(request_.state, "ck", row.config))
+
+    assert request_.count(fake) == row.then.tries
+    assert type(error) is (row.then.error or type(None))
+    if error is not None:
+        assert request_.key.removeprefix("*") in str(error)
+        assert row.then.says in str(error)
+    fake.forget()
+    assert_holds(fake, "ck", OLD if saves and error else request_.state)

@@ -106,6 +106,7 @@ class S3Store:
             except S3ProtocolError:
                 response.close()
                 raise
+            into.etag = answer.get("ETag")
             await receive(response, into, self._idle_s)
             return _info(uri, answer, size)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 
 from s3dcp._checksums import INLINE_CHECKSUM_BYTES, crcs_of
-from s3dcp._errors import CheckpointChangedError, PreconditionFailedError
+from s3dcp._errors import CheckpointChangedError, PreconditionFailedError, S3Exception
 from s3dcp._flow import Channel, wait_all
 from s3dcp._keys import S3Uri
 from s3dcp._portal import offload
@@ -32,7 +32,7 @@ class Downloads:
         """Return what the store says of an object, whose reads are pinned to it from then on."""
         head = partial(self._channel.store.head, uri)
         info = await self._channel.request(f"HeadObject {uri}", head)
-        self._pin(uri, info)
+        self._pin(uri, info.etag)
         return info
 
     async def fetch(self, uri: S3Uri, start: int, into: Views, checked: Views = ()) -> list[int]:
@@ -59,10 +59,16 @@ class Downloads:
             if not scatter.remaining:
                 # All bytes came, and then more: none of them can be trusted.
                 scatter = Scatter(into)
-            info = await self._channel.store.get_range(
-                uri, start + scatter.received, scatter, if_match=self._etags.get(uri)
-            )
-            self._pin(uri, info)
+            try:
+                info = await self._channel.store.get_range(
+                    uri, start + scatter.received, scatter, if_match=self._etags.get(uri)
+                )
+            except S3Exception:
+                # What came is a part of that object, and the rest must be, too.
+                if scatter.received:
+                    self._pin(uri, scatter.etag)
+                raise
+            self._pin(uri, info.etag)
 
         if size_bytes:
             try:
@@ -86,8 +92,8 @@ class Downloads:
             ]
         )
 
-    def _pin(self, uri: S3Uri, info: ObjectInfo) -> None:
-        if info.etag is not None and self._etags.setdefault(uri, info.etag) != info.etag:
+    def _pin(self, uri: S3Uri, etag: str | None) -> None:
+        if etag is not None and self._etags.setdefault(uri, etag) != etag:
             raise _changed(uri)
 
 

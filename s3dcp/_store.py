@@ -67,15 +67,19 @@ class Scatter:
 
     A failed request leaves `received` at what is already in place, so that the next attempt asks
     only for the rest.
+
+    Attributes:
+        etag: Of the object that they are bytes of, as soon as the store has said so.
     """
 
-    __slots__ = ("_index", "_offset", "_views", "received", "size_bytes")
+    __slots__ = ("_index", "_offset", "_views", "etag", "received", "size_bytes")
 
     def __init__(self, views: Views) -> None:
         self._views = [view for view in views if view.nbytes]
         self._index = 0
         self._offset = 0
         self.received = 0
+        self.etag: str | None = None
         self.size_bytes = sum(view.nbytes for view in self._views)
 
     @property

@@ -25,6 +25,7 @@ from s3dcp import (
 )
 from s3dcp.testing import Drop, FakeS3, Fault, Refuse, internal_error, lost_response
 from tests._fakes import (
+    BUCKET,
     METADATA,
     Hold,
     Late,
@@ -168,6 +169,7 @@ def test_a_large_checkpoint_is_replaced_whole(fake: FakeS3, jobs: ThreadPoolExec
 
     assert isinstance(first.result(10), CheckpointExistsError)
     assert_holds(fake, "ck", B)
+    assert not fake.uploads(BUCKET)
 
 
 # Every outcome of a commit.

@@ -347,7 +347,7 @@ class S3Store:
         return _Prepared(client)
 
 
-class _Session(AIOHTTPSession):
+class _Session(AIOHTTPSession):  # type: ignore[misc]  # it has no types
     """Requests that are sent once.
 
     aiohttp by itself sends a PUT again whose connection was lost. If the first was the commit, the

@@ -208,22 +208,22 @@ def test_many_items(items: int, objects: int | None) -> None:
 
 
 def test_a_save_and_a_load_stay_within_the_budget(server: FakeS3Process) -> None:
-    """Of tensors that have to be copied: six times the budget."""
+    """Of tensors that have to be copied: eight times the budget."""
     config = S3ClientConfig(
         max_connections=2, part_size=5 * MiB, memory_budget_bytes=8 * MiB, checksum=None
     )
     # Parts of one storage, with gaps: each is cloned to be saved.
-    whole = finite((4, 12, 1024, 512), torch.float16, 1)
-    state: StateDict = {f"layer.{n}": whole[:, n] for n in range(12)}
+    whole = finite((2, 16, 1024, 1024), torch.float16, 1)
+    state: StateDict = {f"layer.{n}": whole[:, n] for n in range(16)}
     # Of another dtype and layout: each is decoded from a buffer.
     target = {name: torch.zeros(each.mT.shape).mT for name, each in state.items()}
     save({"warm": fill((9, 9))}, "warm", config)
     load({"warm": fill((9, 9))}, "warm", config)
 
-    # More than the budget may be held for one item, one part, and what the allocator keeps.
-    with peak_of(8 * MiB + 20 * MiB):
+    # More than the budget may be held: for one item, two parts, and by the allocator.
+    with peak_of(40 * MiB):
         save(state, "budget", config)
-    with peak_of(8 * MiB + 20 * MiB):
+    with peak_of(40 * MiB):
         reader = S3StorageReader(None, f"s3://{BUCKET}/budget", config)
         dcp.load(target, storage_reader=reader, no_dist=True)
     for name, each in state.items():

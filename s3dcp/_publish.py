@@ -78,6 +78,7 @@ async def publish(
     replaced: Found | None = None
     failures = 0
     failure: S3Exception | None = None
+    guarded = True  # whether every attempt had a condition
     while True:
         found = await _read_back(channel, uri, attempts)
         step, condition = next_step(attempts, found)
@@ -92,6 +93,7 @@ async def publish(
             # Ours is not there, and may still arrive.
             raise _conflict(uri, "every attempt failed") from failure
         unproven = condition is not None and not channel.store.conditional_writes
+        guarded = guarded and condition is not None
         try:
             async with channel.slots:
                 await channel.store.put(
@@ -111,7 +113,7 @@ async def publish(
             continue
         replaced = found
         break
-    if not (channel.store.conditional_writes and attempts.conditional):
+    if not (channel.store.conditional_writes and guarded):
         _warn_single_writer(channel.store, uri)
     return replaced
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import logging
 import os
 import threading
 import time
@@ -247,7 +248,15 @@ def peak_of(max_bytes: int) -> Iterator[None]:
 # One after the other.
 
 
-def test_soak(server: FakeS3Process) -> None:
+@pytest.fixture
+def unlogged() -> Iterator[None]:
+    """Log nothing: pytest keeps every record, and torch logs 25 of them for each save and load."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def test_soak(server: FakeS3Process, unlogged: None) -> None:
     """Small saves and loads for `SOAK_SECONDS`: memory and descriptors stay what they are."""
     state = {**state_of(1), "large": fill((MiB,), torch.uint8, 2)}
 

@@ -8,6 +8,7 @@ Nothing may be left of them: no task on the portal, no descriptor, no thread, no
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import logging
 import os
@@ -208,23 +209,34 @@ def test_many_items(items: int, objects: int | None) -> None:
 # Of much memory.
 
 
-def test_a_save_and_a_load_stay_within_the_budget(server: FakeS3Process) -> None:
-    """Of tensors that have to be copied: eight times the budget."""
+@pytest.fixture
+def frugal_malloc() -> None:
+    """What is freed goes back to the system, and so is not counted: glibc would keep it."""
+    m_mmap_threshold = -3
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is None or not mallopt(m_mmap_threshold, 512 * KiB):
+        pytest.skip("needs glibc")
+
+
+def test_a_save_and_a_load_stay_within_the_budget(
+    server: FakeS3Process, frugal_malloc: None
+) -> None:
+    """Of tensors that have to be copied: six times the budget."""
     config = S3ClientConfig(
-        max_connections=2, part_size=5 * MiB, memory_budget_bytes=8 * MiB, checksum=None
+        max_connections=2, part_size=5 * MiB, memory_budget_bytes=16 * MiB, checksum=None
     )
     # Parts of one storage, with gaps: each is cloned to be saved.
-    whole = finite((2, 16, 1024, 1024), torch.float16, 1)
-    state: StateDict = {f"layer.{n}": whole[:, n] for n in range(16)}
+    whole = finite((2, 24, 1024, 1024), torch.float16, 1)
+    state: StateDict = {f"layer.{n}": whole[:, n] for n in range(24)}
     # Of another dtype and layout: each is decoded from a buffer.
     target = {name: torch.zeros(each.mT.shape).mT for name, each in state.items()}
     save({"warm": fill((9, 9))}, "warm", config)
     load({"warm": fill((9, 9))}, "warm", config)
 
-    # More than the budget may be held: for one item, two parts, and by the allocator.
-    with peak_of(40 * MiB):
+    # Or two parts, where those are larger: a save holds one that is full, and one being filled.
+    with peak_of(64 * MiB):
         save(state, "budget", config)
-    with peak_of(40 * MiB):
+    with peak_of(64 * MiB):
         reader = S3StorageReader(None, f"s3://{BUCKET}/budget", config)
         dcp.load(target, storage_reader=reader, no_dist=True)
     for name, each in state.items():

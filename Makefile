@@ -13,8 +13,10 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 # The examples' tests have a target of their own, so that `check` runs them once.
 EXAMPLES := tests/test_examples.py
 
+SOAK_SECONDS ?= 600
+
 .DEFAULT_GOAL := help
-.PHONY: help install lint types tests examples check test fuzz demo bench clean
+.PHONY: help install lint types tests examples check test fuzz soak demo bench clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' Makefile | while IFS="$$(printf '\t')" read -r name text; do \
@@ -56,6 +58,9 @@ bench: install ## Measure s3dcp beside its peers, and write benchmarks/README.md
 check: lint types tests examples ## Run every check
 
 test: install check ## Install, then run every check: what CI runs
+
+soak: install ## Save and load for SOAK_SECONDS (600), and in bulk: nothing may be left over
+	SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/pytest tests/test_load.py --timeout 0
 
 demo: install ## Train, kill and resume a small GPT against an embedded S3
 	$(BIN)/python examples/demo.py

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 from aiobotocore.config import AioConfig
+from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession
 from botocore import UNSIGNED
 from botocore.loaders import create_loader
@@ -370,10 +371,24 @@ class S3Store:
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
                 user_agent_extra="lib/s3dcp",
+                http_session_cls=_Session,
                 **({"signature_version": UNSIGNED} if config.unsigned else {}),
             ),
         )
         return _Prepared(client)
+
+
+class _Session(AIOHTTPSession):  # type: ignore[misc]  # it has no types
+    """Requests that are sent once.
+
+    aiohttp by itself sends a PUT again whose connection was lost. If the first was the commit, the
+    second is refused with 412, as if another writer had come first.
+    """
+
+    async def _get_session(self, proxy_url: str | None) -> aiohttp.ClientSession:
+        session: aiohttp.ClientSession = await super()._get_session(proxy_url)
+        session._retry_connection = False  # noqa: SLF001 - there is no argument for it
+        return session
 
 
 class _Prepared(contextlib.AbstractAsyncContextManager[Any]):

@@ -64,8 +64,9 @@ class Downloads:
                     uri, start + scatter.received, scatter, if_match=self._etags.get(uri)
                 )
             except S3Exception:
-                # The rest has to be of the same object, were this the first that is read of it.
-                self._pin(uri, scatter.etag)
+                # What came is a part of that object, and the rest must be, too.
+                if scatter.received:
+                    self._pin(uri, scatter.etag)
                 raise
             self._pin(uri, info.etag)
 

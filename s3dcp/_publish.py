@@ -80,6 +80,7 @@ async def publish(
     failures = 0
     failure: S3Exception | None = None
     ended = False
+    guarded = True  # whether every attempt had a condition
     started_s = channel.retry.clock()
     while True:
         found = await _read_back(channel, uri, attempts)
@@ -95,6 +96,7 @@ async def publish(
             # Ours is not there, and may still arrive.
             raise _conflict(uri, "every attempt failed") from failure
         unproven = condition is not None and not channel.store.conditional_writes
+        guarded = guarded and condition is not None
         put = partial(
             channel.store.put, uri, [memoryview(body)], checksum=checksum, condition=condition
         )
@@ -119,7 +121,7 @@ async def publish(
             continue
         replaced = found
         break
-    if not (channel.store.conditional_writes and attempts.conditional):
+    if not (channel.store.conditional_writes and guarded):
         _warn_single_writer(channel.store, uri)
     return replaced
 

@@ -75,7 +75,10 @@ class Scatter:
     """Where the bytes of one response go, in order, and how many have arrived.
 
     A failed request leaves `received` at what is already in place, so that the next attempt asks
-    only for the rest; and `etag` at that of the object they are from, as the response's head said.
+    only for the rest.
+
+    Attributes:
+        etag: Of the object that they are bytes of, as soon as the store has said so.
     """
 
     __slots__ = ("_index", "_offset", "_views", "etag", "received", "size_bytes")

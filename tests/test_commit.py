@@ -235,6 +235,24 @@ def test_a_store_without_conditions_is_used_without_and_said_to_be(
     assert len(warnings) == 1
 
 
+@pytest.mark.parametrize(
+    ("etag", "said"),
+    [('"1"', False), ('W/"1"', True), (None, True)],
+    ids=["strong", "weak", "none"],
+)
+def test_a_commit_that_could_not_be_conditional_is_said_to_be_for_one_writer(
+    caplog: pytest.LogCaptureFixture, etag: str | None, said: bool
+) -> None:
+    """A proxy, say, weakens the ETags of a store that honours conditions."""
+    store = MemoryStore()
+    uri = S3Uri(f"bucket-with-etag-{etag}", ".metadata")
+    store.write(uri, OLD)
+    store.objects[uri] = OLD, etag  # type: ignore[assignment]  # as some store may have it
+    with caplog.at_level(logging.WARNING, "s3dcp"):
+        asyncio.run(publish(channel_of(store), uri, OURS, overwrite=True))
+    assert ("conditional writes" in caplog.text) == said
+
+
 def test_an_error_that_will_not_go_away_ends_the_commit() -> None:
     store = MemoryStore()
     store.before = Once("put", AccessDeniedError("403", status=403))

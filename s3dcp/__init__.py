@@ -51,15 +51,18 @@ from s3dcp._readers import S3Reader, SequentialS3Reader
 from s3dcp._s3client import S3Client
 from s3dcp._store import ObjectInfo, UploadInfo
 from s3dcp._streams import S3Writer
+from s3dcp._tally import OperationTotals, Totals
 from s3dcp._writer import S3StorageWriter, StorageMetadata
 
 __version__ = "0.1.0"
 
 __all__ = [
     # checkpoints
+    "OperationTotals",
     "S3StorageReader",
     "S3StorageWriter",
     "StorageMetadata",
+    "Totals",
     # catalog
     "CheckpointInfo",
     "Garbage",

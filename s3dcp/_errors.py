@@ -50,6 +50,8 @@ class S3Exception(Exception):  # noqa: N818 - the reference library's name
     retryable = False
     #: How often it may be sent at most, where the policy allows more.
     max_attempts: int | None = None
+    #: How long the store asks to be left alone, in seconds.
+    retry_after_s: float | None = None
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import ssl
 from collections.abc import Iterator
 from typing import Any
@@ -199,7 +200,7 @@ def _map_answer(exc: boto.ClientError, operation: str, uri: S3Uri) -> S3Exceptio
     if kind is errors.WrongRegionError and region:
         hint = f"the bucket is in {region!r}: pass region={region!r}"
     cause = f"{code} ({status}) {error.get('Message', '')}".strip()
-    return kind(
+    failure = kind(
         _sentence(f"{operation} {uri} failed", cause, hint),
         operation=operation,
         bucket=uri.bucket,
@@ -208,6 +209,10 @@ def _map_answer(exc: boto.ClientError, operation: str, uri: S3Uri) -> S3Exceptio
         status=status,
         request_id=meta.get("RequestId") or headers.get("x-amz-request-id"),
     )
+    asked = headers.get("retry-after", "")
+    # The header's other form, a date, is not S3's.
+    failure.retry_after_s = float(asked) if re.fullmatch(r"\d{1,6}", asked) else None
+    return failure
 
 
 def _sentence(what: str, cause: str, hint: str) -> str:

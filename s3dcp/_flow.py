@@ -56,9 +56,13 @@ class RetryPolicy:
     clock: Callable[[], float] = time.monotonic
 
     def delay_s(self, failures: int, error: S3Exception) -> float:
-        """Return how long to wait after the `failures`-th failure, in seconds."""
+        """Return how long to wait after the `failures`-th failure, in seconds.
+
+        At least as long as the store asks for, within the same bound as any delay.
+        """
         base = _THROTTLED_BASE_S if isinstance(error, ThrottledError) else _BASE_S
-        return self.jitter() * min(_MAX_DELAY_S, base * 2.0 ** (failures - 1))
+        delay_s = self.jitter() * min(_MAX_DELAY_S, base * 2.0 ** (failures - 1))
+        return max(delay_s, min(error.retry_after_s or 0.0, _MAX_DELAY_S))
 
     def next_delay_s(
         self,

@@ -64,7 +64,9 @@ def part_bytes(total_bytes: int, floor_bytes: int, wanted_bytes: int) -> int:
     return min(max(floor_bytes, wanted_bytes, -(-least // MiB) * MiB), MAX_PART_BYTES)
 
 
-def upload_part_bytes(total_bytes: int, floor_bytes: int, connections: int) -> int:
+def upload_part_bytes(
+    total_bytes: int, floor_bytes: int, connections: int, most_bytes: int = _PREFERRED_PART_BYTES
+) -> int:
     """Choose the part size of an upload of about `total_bytes`.
 
     An object that fits into one part goes up in one request. Parts are as large as they can be
@@ -75,13 +77,14 @@ def upload_part_bytes(total_bytes: int, floor_bytes: int, connections: int) -> i
         total_bytes: An estimate of the object's size.
         floor_bytes: The user's least part size.
         connections: How many parts may be under way at once.
+        most_bytes: What a part should not be larger than, if the floor and S3's limits allow it.
 
     Raises:
         S3ConfigError: as `part_bytes`, for an object that needs several parts.
     """
     if total_bytes <= _SINGLE_PUT_BYTES:
         return max(floor_bytes, _SINGLE_PUT_BYTES)
-    wanted = min(total_bytes // connections, _PREFERRED_PART_BYTES)
+    wanted = min(total_bytes // connections, _PREFERRED_PART_BYTES, most_bytes)
     return part_bytes(total_bytes, floor_bytes, -(-wanted // MiB) * MiB)
 
 

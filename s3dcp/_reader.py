@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import logging
 import os
 from typing import IO, Any, cast
 
@@ -34,7 +35,10 @@ from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
 from s3dcp._loading import LoadedItems
 from s3dcp._metadata import crcs_of, load_metadata
 from s3dcp._publish import read
+from s3dcp._tally import Tally, Totals
 from s3dcp._torch_internals import _StorageInfo
+
+_log = logging.getLogger("s3dcp.reader")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +92,15 @@ class S3StorageReader(FileSystemReader):
         self._found: Found | None = None
         self._metadata: Metadata | None = None
         self._global_failure: Exception | None = None
+        self._tally = Tally()
+
+    @property
+    def totals(self) -> Totals:
+        """This rank's requests in the last load: how many, how long, and what went wrong.
+
+        Those of readers that go file by file are not counted.
+        """
+        return self._tally.totals()
 
     def __getstate__(self) -> dict[str, Any]:
         # What a load found out is neither small nor another process's business.
@@ -96,6 +109,7 @@ class S3StorageReader(FileSystemReader):
             "_found": None,
             "_metadata": None,
             "_global_failure": None,
+            "_tally": Tally(),
         }
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -118,6 +132,8 @@ class S3StorageReader(FileSystemReader):
             # torch asks for a rank's own metadata after any failure to read the global one, and
             # would report only that there is none.
             raise self._global_failure
+        if rank is None:
+            self._tally = Tally()  # a load begins
         try:
             metadata = self._read_metadata(self._metadata_uri(rank))
         except Exception as exc:
@@ -223,15 +239,17 @@ class S3StorageReader(FileSystemReader):
         portal, channel = self.fs.client.connect()
         LoadedItems(
             portal,
-            channel,
+            channel.counting(self._tally),
             self.fs.client.s3client_config,
             planner,
             self.transforms,
             max_gap_bytes=max_gap_bytes,
         ).read(plan.items, cast("Metadata", self._metadata), base)
+        _log.info("read %d items from %s: %s", len(plan.items), self.path, self.totals)
 
     def _read_metadata(self, uri: S3Uri) -> Metadata:
-        found = self.fs.client.call(read, uri)
+        portal, channel = self.fs.client.connect()
+        found = portal.call(read, channel.counting(self._tally), uri)
         if found is None:
             raise CheckpointNotFoundError(
                 f"No checkpoint at {self.path}: there is no {uri}. A save that did not finish "

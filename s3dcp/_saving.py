@@ -208,7 +208,13 @@ class SavedItems:
     def _open(self, uri: S3Uri, name: str, items: Iterable[WriteItem]) -> None:
         # All sizes are chosen, and refused, before the first byte is sent.
         estimate = sum(_item_size(item) for item in items if item.tensor_data is not None)
-        size = upload_part_bytes(estimate, self._config.part_size, self._channel.slots.count)
+        # A full part and the one being filled may both be copies.
+        size = upload_part_bytes(
+            estimate,
+            self._config.part_size,
+            self._channel.slots.count,
+            most_bytes=self._budget_bytes // 2,
+        )
         self._files.append(_File(name, Upload(self._channel, uri), PartCutter(size)))
 
     def _add(self, file: _File, write_item: WriteItem) -> None:

@@ -6,8 +6,8 @@ import dataclasses
 import logging
 import os
 import uuid
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
 from torch.distributed.checkpoint.metadata import (
@@ -28,12 +28,17 @@ from s3dcp._errors import (
     S3ConfigError,
 )
 from s3dcp._filesystem import S3FileSystem
+from s3dcp._flow import Channel
 from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
 from s3dcp._metadata import dump_metadata, load_metadata
 from s3dcp._prefixes import DefaultPrefixStrategy, S3PrefixStrategyBase
 from s3dcp._publish import already_exists, delete_quietly, publish
 from s3dcp._saving import SavedItems
+from s3dcp._tally import Tally, Totals
 from s3dcp._torch_internals import CURRENT_DCP_VERSION, _split_by_size_and_type, _StorageInfo
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _log = logging.getLogger("s3dcp.writer")
 
@@ -91,16 +96,23 @@ class S3StorageWriter(FileSystemWriter):
         self.path = path
         self.prefix_strategy = prefix_strategy or DefaultPrefixStrategy()
         self._is_coordinator = True
+        self._tally = Tally()
+
+    @property
+    def totals(self) -> Totals:
+        """This rank's requests in the last save: how many, how long, and what went wrong."""
+        return self._tally.totals()
 
     def __getstate__(self) -> dict[str, Any]:
         # A process-based `async_save` pickles the writer for every save; what it has staged is
         # sent by itself.
-        return self.__dict__ | {"state_dict_cache": None}
+        return self.__dict__ | {"state_dict_cache": None, "_tally": Tally()}
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Take note of this rank's part in the save."""
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
         self._is_coordinator = is_coordinator
+        self._tally = Tally()
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Copy the state dict to the CPU for an asynchronous save."""
@@ -161,7 +173,9 @@ class S3StorageWriter(FileSystemWriter):
             files.append((S3Uri(base.bucket, key), name, items))
         portal, channel = self.fs.client.connect()
         config = self.fs.client.s3client_config
-        saved = SavedItems(portal, channel, config, planner, self.transforms).write(files)
+        counted = channel.counting(self._tally)
+        saved = SavedItems(portal, counted, config, planner, self.transforms).write(files)
+        _log.info("wrote %d items to %s: %s", len(saved), self.path, self.totals)
         # Objects without items are named as well: what is not named outlives its checkpoint.
         saved += [
             WriteResult(MetadataIndex(name), 0, _StorageInfo(name, 0, 0))
@@ -188,7 +202,7 @@ class S3StorageWriter(FileSystemWriter):
         metadata.storage_meta = self.storage_meta()
         _check_complete(metadata)
         uri = self._metadata_uri()
-        replaced = self.fs.client.call(
+        replaced = self._call(
             publish,
             uri,
             dump_metadata(metadata),
@@ -197,6 +211,7 @@ class S3StorageWriter(FileSystemWriter):
         )
         if replaced is not None:
             self._delete_replaced(replaced.body, metadata, uri)
+        _log.info("committed %s: %s", uri, self.totals)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -226,7 +241,17 @@ class S3StorageWriter(FileSystemWriter):
         except (CorruptMetadataError, InvalidS3UriError) as exc:
             _log.warning("objects of the checkpoint that was replaced are left in place: %s", exc)
             return
-        self.fs.client.call(delete_quietly, uris)
+        self._call(delete_quietly, uris)
+
+    def _call(
+        self,
+        function: Callable[Concatenate[Channel, P], Awaitable[T]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Run an engine function, and count its requests."""
+        portal, channel = self.fs.client.connect()
+        return portal.call(function, channel.counting(self._tally), *args, **kwargs)
 
     def _uris(self, names: Iterable[str]) -> list[S3Uri]:
         base = parse_s3_uri(self.path)

@@ -72,6 +72,15 @@ class Clock:
         return RetryPolicy(jitter=lambda: 1.0, sleep=self.sleep, clock=self, **settings)
 
 
+@pytest.mark.parametrize(
+    ("asked_s", "delay_s"), [(None, 0.5), (0.0, 0.5), (3.0, 3.0), (86_400.0, 20.0)]
+)
+def test_a_store_that_asks_for_time_gets_it(asked_s: float | None, delay_s: float) -> None:
+    error = ThrottledError("SlowDown")
+    error.retry_after_s = asked_s
+    assert RetryPolicy(jitter=lambda: 1.0).delay_s(1, error) == delay_s
+
+
 def failing_channel(
     clock: Clock, policy: RetryPolicy, error: S3Exception, cost_s: float
 ) -> Channel:
@@ -623,3 +632,14 @@ class TestAgainstAServer:
         monkeypatch.delenv("AWS_ENDPOINT_URL")
         assert pacer() is pacer(max_attempts=3)
         assert pacer() is not shared
+
+
+@pytest.mark.parametrize(("asked_s", "found_s"), [(3, 3.0), (None, None)])
+def test_the_time_that_a_store_asks_for_is_read(
+    server: FakeS3, asked_s: int | None, found_s: float | None
+) -> None:
+    portal, channel = connected(server, max_attempts=1)
+    server.inject(slow_down(retry_after_s=asked_s), times=1)
+    with pytest.raises(ThrottledError) as caught:
+        portal.call(read, channel, URI)
+    assert caught.value.retry_after_s == found_s

@@ -41,6 +41,12 @@ def test_part_sizes(total: int, connections: int, expected: int) -> None:
     assert upload_part_bytes(total, 8 * MiB, connections) == expected
 
 
+def test_parts_stay_within_the_memory_for_copies() -> None:
+    assert upload_part_bytes(1 * GiB, 8 * MiB, 8, most_bytes=12 * MiB) == 12 * MiB
+    assert upload_part_bytes(1 * GiB, 8 * MiB, 8, most_bytes=1 * MiB) == 8 * MiB
+    assert upload_part_bytes(400 * GiB, 8 * MiB, 8, most_bytes=12 * MiB) == 42 * MiB
+
+
 def test_a_part_size_that_s3_refuses_matters_only_for_several_parts() -> None:
     assert upload_part_bytes(100, 1 * MiB, 8) >= 100
     for floor in (5 * MiB - 1, MAX_PART_BYTES + 1):

@@ -108,14 +108,12 @@ class ViewsPayload(Payload):
                 await writer.write(step)
                 moved()
             return
-        try:
+        with lent:
             transport.set_write_buffer_limits(high=0)  # so that to drain is to send all
             await writer.write(first)
             await writer.drain()
             await send(rest, lent, transport, moved)
-        finally:
             transport.set_write_buffer_limits()
-            lent.close()
 
 
 def split(views: Views) -> tuple[bytes, Views]:

@@ -99,7 +99,11 @@ class Job:
 
     def save(self, rank: int = 0) -> None:
         """Save a rank's part, in the process group if there is one."""
-        settings = S3ClientConfig(max_connections=self.connections, part_size=_PART_BYTES)
+        settings = S3ClientConfig(
+            max_connections=self.connections,
+            part_size=_PART_BYTES,
+            memory_budget_bytes=2 * _PART_BYTES,  # which keeps parts small
+        )
         objects = 1 if self.large or self.ranks > 1 else 2
         writer = S3StorageWriter(None, self.uri, settings, thread_count=objects)
         dcp.save(self.state(rank), storage_writer=writer, no_dist=self.ranks == 1)

@@ -199,7 +199,7 @@ class TestAwsAddresses:
         assert commits[0].headers["if-none-match"] == "*"
         assert commits[1].headers["if-match"].startswith('"')
         assert all("content-encoding" not in r.headers for r in scripted.sent("PUT"))
-        assert [r for r in caplog.records if r.levelno >= logging.WARNING] == []
+        assert warnings_of(caplog) == []
 
 
 @dataclass

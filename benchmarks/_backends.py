@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 from benchmarks import _raw
-from benchmarks._planning import IdleReader, IdleWriter
+from benchmarks._planning import IdleReader, IdleWriter, PickledReader, PickledWriter
 from benchmarks._states import State
 from benchmarks._values import BUCKET, DISCARDED, KEPT
 
@@ -144,6 +144,7 @@ _MAKERS: dict[str, Callable[[], Backend]] = {
     "s3fs": _s3fs,
     "disk": _disk,
     "planning": lambda: Dcp(writer=IdleWriter, reader=IdleReader),
+    "metadata": lambda: Dcp(writer=PickledWriter, reader=PickledReader),
     "raw": Raw,
 }
 

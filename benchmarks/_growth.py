@@ -8,8 +8,8 @@ from benchmarks._figures import peak_mib, ratio, wall_s
 from benchmarks._lab import Client, Lab
 from benchmarks._values import (
     BACKENDS,
+    METADATA,
     OURS,
-    PLANNING,
     REFERENCE,
     SLOWEST,
     Sample,
@@ -50,10 +50,10 @@ class Found:
 
 
 def memory_and_growth(lab: Lab) -> list[Section]:
-    """Measure large tensors with all peers, and small ones beside DCP's own planning."""
+    """Measure large tensors with all peers, and small ones beside what DCP itself takes."""
     sizes = lab.sizes
     large = _grow(lab, sizes.grown, [OURS, REFERENCE, SLOWEST, "disk"])
-    small = _grow(lab, sizes.grown_small, [OURS, REFERENCE, PLANNING])
+    small = _grow(lab, sizes.grown_small, [OURS, REFERENCE, METADATA])
     return [_memory(lab, large, small), _growth(large, small)]
 
 
@@ -71,7 +71,7 @@ def _grow(lab: Lab, shape: Shape, backends: list[str]) -> Found:
                 lab.keep(clients)
             # Loads have workers of their own, as memory that a save took is not taken again.
             with lab.clients(server, wanted) as clients:
-                if backend == PLANNING:  # whose checkpoint is in its process's memory
+                if backend == METADATA:  # whose checkpoint is in its process's memory
                     lab.keep(clients)
                 loads = lab.in_turns(clients, _load, repeats)
         for operation, samples in (("save", saves), ("load", loads)):
@@ -95,9 +95,9 @@ def _memory(lab: Lab, large: Found, small: Found) -> Section:
         figures[f"{operation}: beyond the tensors"] = max(
             large.first_mib(OURS, operation, size) for size in (_ONCE, _GROWN)
         )
-        if PLANNING in small.backends():
-            figures[f"{operation}: small tensors, beyond DCP's planning"] = max(
-                small.first_mib(OURS, operation, size) - small.first_mib(PLANNING, operation, size)
+        if METADATA in small.backends():
+            figures[f"{operation}: small tensors, beyond DCP's plan and metadata"] = max(
+                small.first_mib(OURS, operation, size) - small.first_mib(METADATA, operation, size)
                 for size in (_ONCE, _GROWN)
             )
     rows = [

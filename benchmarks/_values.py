@@ -16,12 +16,14 @@ BACKENDS = {
     "disk": "torch's FileSystem pair on a RAM disk",
     "raw": "raw sockets",
     "planning": "DCP's planning alone",
+    "metadata": "DCP's planning and metadata alone",
     "whole": "s3dcp, whole file",
     "each": "s3dcp, one request a tensor",
 }
 OURS = "s3dcp"
 REFERENCE = "s3torchconnector"
 PLANNING = "planning"
+METADATA = "metadata"
 #: Several times as slow as everything else, and measured less often.
 SLOWEST = "s3fs"
 

@@ -7,9 +7,11 @@ longer than the work: 5.6 s of 6.8 to load the metadata of 200,000 items, 0.2 s 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import queue
+from collections.abc import Iterator
 from typing import Self, TypeVar
 
 T = TypeVar("T")
@@ -42,9 +44,15 @@ class CollectorPause:
             return source.get_nowait()
         except queue.Empty:
             pass
+        with self.lifted():
+            return source.get()
+
+    @contextlib.contextmanager
+    def lifted(self) -> Iterator[None]:
+        """Lift the pause, for as long as something is waited for."""
         self.__exit__()
         try:
-            return source.get()
+            yield
         finally:
             self.__enter__()
 

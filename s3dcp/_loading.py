@@ -43,7 +43,7 @@ from s3dcp._landing import (
 )
 from s3dcp._portal import Calls, Portal
 from s3dcp._ranges import Span, Want, coalesce, span_bytes
-from s3dcp._staging import Buffer, BufferPool, wait_for_copies
+from s3dcp._staging import Buffer, Memory, wait_for_copies
 from s3dcp._torch_internals import _StorageReaderTransforms
 
 # Requests handed to the portal ahead of those on the wire; more would only cost memory.
@@ -103,9 +103,8 @@ class LoadedItems:
         self._part_bytes = config.part_size
         self._max_gap_bytes = max_gap_bytes
         self._budget_bytes = config.memory_bytes()
-        self._buffers = BufferPool(pinned=True, max_kept_bytes=self._budget_bytes)
-        self._charged_bytes = 0
         self._pause = CollectorPause()
+        self._memory = Memory(self._budget_bytes, self._settle, self._pause)
         self._fetching: dict[Call[list[int]], _Fetch] = {}
         self._fetched: queue.SimpleQueue[Call[list[int]]] = queue.SimpleQueue()
 
@@ -125,15 +124,15 @@ class LoadedItems:
         """
         queued = _QUEUED_PER_SLOT * self._channel.slots.count
         try:
-            with self._pause:
+            with self._pause, self._memory:
                 wanted = group(items, metadata, base)
                 self._check_places(wanted)
                 for uri, span in self._plan(wanted):
                     while len(self._fetching) >= queued:
                         self._settle()
                     self._admit(uri, span)
-                while self._fetching:
-                    self._settle()
+                while self._settle():
+                    pass
                 for item in wanted:
                     if not item.info.length:
                         self._finish(item, memoryview(b""))
@@ -227,18 +226,12 @@ class LoadedItems:
         return fetch, into
 
     def _take(self, size_bytes: int) -> Buffer:
-        while self._fetching and self._charged_bytes + size_bytes > self._budget_bytes:
-            self._settle()
-        buffer = self._buffers.take(size_bytes)
-        self._charged_bytes += buffer.held_bytes
-        return buffer
+        return self._memory.borrow(size_bytes, pinned=True)
 
-    def _give(self, buffer: Buffer) -> None:
-        self._charged_bytes -= buffer.held_bytes
-        self._buffers.give(buffer)
-
-    def _settle(self) -> None:
-        """Wait for a span, and finish the items that it completes."""
+    def _settle(self) -> bool:
+        """Wait for a span, and finish the items that it completes; False: none is under way."""
+        if not self._fetching:
+            return False
         future = self._pause.next_of(self._fetched)
         fetch = self._fetching.pop(future)
         try:
@@ -264,7 +257,8 @@ class LoadedItems:
             if not item.missing_bytes:
                 self._finish(item, landed.get(id(item)) if item.is_small else None)
         if fetch.scratch is not None:
-            self._give(fetch.scratch)
+            self._memory.give_back(fetch.scratch)
+        return True
 
     def _finish(self, item: Item, data: memoryview | None) -> None:
         """Check an item whose bytes are in, and hand it to the planner."""
@@ -280,7 +274,7 @@ class LoadedItems:
         else:
             self._copy(item, data)
         if item.buffer is not None:
-            self._give(item.buffer)
+            self._memory.give_back(item.buffer)
         item.buffer = item.places = item.targets = item.device = None
 
     def _copy(self, item: Item, data: memoryview | None) -> None:

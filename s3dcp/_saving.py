@@ -30,7 +30,7 @@ from s3dcp._metadata import ItemCrcs, annotate
 from s3dcp._portal import Calls, Portal
 from s3dcp._publish import delete_quietly
 from s3dcp._ranges import Fragment, PartCutter, block_bytes, cut, upload_part_bytes
-from s3dcp._staging import Buffer, BufferPool, bytes_of, is_host, wait_for_copies
+from s3dcp._staging import Buffer, Memory, bytes_of, is_host, wait_for_copies
 from s3dcp._torch_internals import _item_size, _StorageInfo, _StorageWriterTransforms
 from s3dcp._uploads import Upload
 
@@ -49,13 +49,12 @@ class _Charge:
     Attributes:
         held_bytes: What is charged.
         left_bytes: What has not been sent.
-        lender: Where the memory goes back to, if it is to be used again.
+        buffer: The memory, if it is to be used again.
     """
 
     held_bytes: int
     left_bytes: int
     buffer: Buffer | None = None
-    lender: BufferPool | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -166,11 +165,9 @@ class SavedItems:
         self._planner = planner
         self._transforms = transforms
         self._budget_bytes = config.memory_bytes()
-        self._charged_bytes = 0
         self._pause = CollectorPause()
+        self._memory = Memory(self._budget_bytes, self._settle, self._pause)
         self._alignment = storage_alignment()
-        self._staging = BufferPool(pinned=True, max_kept_bytes=self._budget_bytes)
-        self._runs = BufferPool(pinned=False, max_kept_bytes=self._budget_bytes)
         self._sending: dict[Call[list[int]], list[Fragment[_Piece]]] = {}
         self._sent: queue.SimpleQueue[Call[list[int]]] = queue.SimpleQueue()
         self._files: list[_File] = []
@@ -185,15 +182,15 @@ class SavedItems:
             S3Exception: something could not be written. Nothing of this plan is left behind.
         """
         try:
-            with self._pause:
+            with self._pause, self._memory:
                 for uri, name, items in files:
                     self._open(uri, name, items)
                 for file, (_, _, items) in zip(self._files, files, strict=True):
                     for item in items:
                         self._add(file, item)
                     self._end(file)
-                while self._sending:
-                    self._settle()
+                while self._settle():
+                    pass
                 results = [result for file in self._files for result in file.copied]
                 results += [item.result() for file in self._files for item in file.items]
             self._complete()
@@ -232,35 +229,37 @@ class SavedItems:
 
     def _add_tensor(self, file: _File, write_item: WriteItem, tensor: torch.Tensor) -> None:
         plain = not self._transforms.extensions
-        owned = not is_host(tensor)
-        if owned:
+        charge: _Charge | None = None  # of memory that this tensor was copied to
+        if not is_host(tensor):
             frame = _frame_on_device(tensor) if plain else None
             if frame is not None:
                 staged = self._staged(tensor, _block(tensor, frame))
                 self._add_framed(file, write_item, tensor, frame, staged)
                 return
-            self._make_room(tensor.nbytes)
+            charge = self._charge(tensor.nbytes)
             tensor = tensor.cpu()
         frame = frame_of(tensor, self._alignment)
         if frame is None and tensor.layout is torch.strided:
             # As stock DCP does for a view of a larger storage; what has gaps gets a frame this way.
-            self._make_room(tensor.nbytes)
-            tensor, owned = tensor.clone(), True
+            charge = charge or self._charge(tensor.nbytes)
+            tensor = tensor.clone()
             frame = frame_of(tensor, self._alignment)
         if frame is None or not plain:
             self._add_bytes(file, write_item, encode(tensor))
         elif frame.length <= _COPIED_BYTES:
             self._copy(file, write_item, tensor, frame)
         else:
-            charge = self._charge(tensor.nbytes) if owned else None
             memory = iter([(memory_of(tensor), charge)])
             self._add_framed(file, write_item, tensor, frame, memory)
+            return
+        if charge is not None:
+            self._release(charge)
 
     def _copy(self, file: _File, write_item: WriteItem, tensor: torch.Tensor, frame: Frame) -> None:
         """Copy a small tensor's item behind those that were copied before."""
         if file.run is None or file.run.filled + frame.length > _RUN_BYTES:
             self._end_run(file)
-            file.run = _Run(*self._borrow(self._runs, _RUN_BYTES))
+            file.run = _Run(*self._borrow(_RUN_BYTES, pinned=False))
         run = file.run
         view = run.buffer.view[run.filled : run.filled + frame.length]
         data_at, data_end = len(frame.header), len(frame.header) + frame.data_bytes
@@ -337,25 +336,24 @@ class SavedItems:
         source = bytes_of(tensor)
         step = max(_STAGED_BYTES // block, 1) * block if block else _STAGED_BYTES
         for start, end in cut(0, source.nbytes, step):
-            buffer, charge = self._borrow(self._staging, end - start)
+            buffer, charge = self._borrow(end - start, pinned=True)
             buffer.tensor.copy_(source[start:end], non_blocking=True)
             wait_for_copies(source)
             yield buffer.view, charge
 
-    def _make_room(self, size_bytes: int) -> None:
-        """Wait until so many bytes fit into the budget, or nothing is left to wait for."""
-        while self._sending and self._charged_bytes + size_bytes > self._budget_bytes:
-            self._settle()
-
     def _charge(self, size_bytes: int) -> _Charge:
-        self._make_room(size_bytes)
-        self._charged_bytes += size_bytes
+        self._memory.take(size_bytes)
         return _Charge(size_bytes, size_bytes)
 
-    def _borrow(self, lender: BufferPool, size_bytes: int) -> tuple[Buffer, _Charge]:
-        charge = self._charge(size_bytes)
-        charge.buffer, charge.lender = lender.take(size_bytes), lender
-        return charge.buffer, charge
+    def _borrow(self, size_bytes: int, *, pinned: bool) -> tuple[Buffer, _Charge]:
+        buffer = self._memory.borrow(size_bytes, pinned=pinned)
+        return buffer, _Charge(buffer.held_bytes, size_bytes, buffer)
+
+    def _release(self, charge: _Charge) -> None:
+        if charge.buffer is not None:
+            self._memory.give_back(charge.buffer)
+        else:
+            self._memory.give(charge.held_bytes)
 
     def _send_held(self, file: _File) -> None:
         if file.held is not None:
@@ -380,21 +378,20 @@ class SavedItems:
         self._sending[future] = part
         future.add_done_callback(self._sent.put)
 
-    def _settle(self) -> None:
+    def _settle(self) -> bool:
+        """Wait for a part to be sent; False: none is under way."""
+        if not self._sending:
+            return False
         future = self._pause.next_of(self._sent)
         part = self._sending.pop(future)
         for fragment, crc in zip(part, future.result(), strict=True):
             piece = fragment.owner
             piece.sums.append((fragment.start, crc, fragment.view.nbytes))
-            if piece.charge is not None:
-                self._discharge(piece.charge, fragment.view.nbytes)
-
-    def _discharge(self, charge: _Charge, size_bytes: int) -> None:
-        charge.left_bytes -= size_bytes
-        if not charge.left_bytes:
-            self._charged_bytes -= charge.held_bytes
-            if charge.buffer is not None and charge.lender is not None:
-                charge.lender.give(charge.buffer)
+            if (charge := piece.charge) is not None:
+                charge.left_bytes -= fragment.view.nbytes
+                if not charge.left_bytes:
+                    self._release(charge)
+        return True
 
     def _complete(self) -> None:
         completing = [

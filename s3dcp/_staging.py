@@ -1,14 +1,18 @@
 """Host memory between a device and the network: reusable, and pinned where there is a GPU.
 
-Pinned memory copies at the bus's full speed and is slow to allocate, so buffers are kept. A pool
-belongs to one save or load and to the thread that drives it; what it hands out is charged to a
-budget there.
+Pinned memory copies at the bus's full speed and is slow to allocate, so buffers are kept. All of it
+is charged to the budget that the process's saves and loads share.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Self
+
 import torch
 
+from s3dcp._budget import budget
+from s3dcp._collector import CollectorPause
 from s3dcp._framing import memory_of
 
 # Buffers are as large as the largest use so far within a factor: reuse beats a tight fit.
@@ -24,50 +28,93 @@ class Buffer:
         view: The same, as a memoryview.
     """
 
-    __slots__ = ("_whole", "held_bytes", "tensor", "view")
+    __slots__ = ("_pinned", "_whole", "held_bytes", "tensor", "view")
 
-    def __init__(self, whole: torch.Tensor, size_bytes: int) -> None:
+    def __init__(self, whole: torch.Tensor, size_bytes: int, *, pinned: bool) -> None:
         self._whole = whole
+        self._pinned = pinned
         self.held_bytes = whole.nbytes
         self.tensor = whole[:size_bytes]
         self.view = memory_of(self.tensor)
 
+    def fits(self, size_bytes: int, *, pinned: bool) -> bool:
+        """Tell whether it may be used for so many bytes."""
+        most = max(2 * size_bytes, _GRAIN_BYTES)
+        return self._pinned == pinned and size_bytes <= self.held_bytes <= most
 
-class BufferPool:
-    """Hands out host buffers and takes them back.
+    def cut(self, size_bytes: int) -> Buffer:
+        """Return a buffer of `size_bytes` in the same memory."""
+        return Buffer(self._whole, size_bytes, pinned=self._pinned)
+
+
+class Memory:
+    """What one save or load takes of the process's memory for buffers: a context.
+
+    Belongs to the thread that drives the save or load. Buffers that were given back are kept, as
+    pinned ones are slow to make, and stay charged; they go first when there is not enough.
 
     Args:
-        pinned: Whether a device will copy to or from them.
-        max_kept_bytes: Bytes that are kept for reuse.
+        limit_bytes: What all saves and loads of the process may hold when this one takes more.
+        settle: Waits for a request of its own, which may give something back; False: there is none.
+        pause: Lifted while others are waited for.
     """
 
-    def __init__(self, *, pinned: bool, max_kept_bytes: int) -> None:
-        self._pinned = pinned and torch.cuda.is_available()
-        self._max_kept_bytes = max_kept_bytes
-        self._kept: list[torch.Tensor] = []
-        self._kept_bytes = 0
+    def __init__(self, limit_bytes: int, settle: Callable[[], bool], pause: CollectorPause) -> None:
+        self._share = budget().share(limit_bytes)
+        self._settle = settle
+        self._pause = pause
+        self._kept: list[Buffer] = []
 
-    def take(self, size_bytes: int) -> Buffer:
-        """Return a buffer of `size_bytes`, whose contents are whatever they are."""
-        for position, whole in enumerate(self._kept):
-            if size_bytes <= whole.nbytes <= max(2 * size_bytes, _GRAIN_BYTES):
-                del self._kept[position]
-                self._kept_bytes -= whole.nbytes
-                return Buffer(whole, size_bytes)
-        # None fits: what is kept makes room for what is needed.
+    @property
+    def held_bytes(self) -> int:
+        """What it holds."""
+        return self._share.held_bytes
+
+    def __enter__(self) -> Self:
+        self._share.__enter__()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
         self._kept.clear()
-        self._kept_bytes = 0
-        grains = max(-(-size_bytes // _GRAIN_BYTES), 1)
-        # Not zeroed: a pass over the memory, and its pages, for nothing.
-        whole = torch.empty(grains * _GRAIN_BYTES, dtype=torch.uint8, pin_memory=self._pinned)
-        return Buffer(whole, size_bytes)
+        self._share.__exit__()
 
-    def give(self, buffer: Buffer) -> None:
+    def take(self, size_bytes: int) -> None:
+        """Take bytes, as soon as there is room or nothing that could be waited for."""
+        while not self._share.try_take(size_bytes):
+            if self._kept:
+                self._share.give(sum(buffer.held_bytes for buffer in self._kept))
+                self._kept.clear()
+            elif not self._settle():
+                with self._pause.lifted():
+                    self._share.take(size_bytes)
+                return
+
+    def give(self, size_bytes: int) -> None:
+        """Give bytes back."""
+        self._share.give(size_bytes)
+
+    def borrow(self, size_bytes: int, *, pinned: bool) -> Buffer:
+        """Return a buffer, whose contents are whatever they are.
+
+        Args:
+            size_bytes: Its size.
+            pinned: Whether a device will copy to it or from it.
+        """
+        for position, buffer in enumerate(self._kept):
+            if buffer.fits(size_bytes, pinned=pinned):
+                del self._kept[position]
+                return buffer.cut(size_bytes)
+        held_bytes = max(-(-size_bytes // _GRAIN_BYTES), 1) * _GRAIN_BYTES
+        self.take(held_bytes)
+        # Not zeroed: a pass over the memory, and its pages, for nothing.
+        whole = torch.empty(
+            held_bytes, dtype=torch.uint8, pin_memory=pinned and torch.cuda.is_available()
+        )
+        return Buffer(whole, size_bytes, pinned=pinned)
+
+    def give_back(self, buffer: Buffer) -> None:
         """Take a buffer back. Nobody may use its views any more."""
-        whole = buffer._whole  # noqa: SLF001
-        if self._kept_bytes + whole.nbytes <= self._max_kept_bytes:
-            self._kept.append(whole)
-            self._kept_bytes += whole.nbytes
+        self._kept.append(buffer)
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -289,7 +289,7 @@ def test_memory_is_bounded_by_the_budget(monkeypatch: pytest.MonkeyPatch) -> Non
     def watch(self: LoadedItems, size_bytes: int) -> Any:
         nonlocal most
         buffer = original(self, size_bytes)
-        most = max(most, self._charged_bytes)
+        most = max(most, self._memory.held_bytes)
         return buffer
 
     monkeypatch.setattr(LoadedItems, "_take", watch)
@@ -406,7 +406,7 @@ def test_items_of_several_spans_stay_within_the_budget() -> None:
     def watch(size_bytes: int) -> Any:
         nonlocal most
         buffer = original(size_bytes)
-        most = max(most, loading._charged_bytes)
+        most = max(most, loading._memory.held_bytes)
         return buffer
 
     loading._take = watch  # type: ignore[method-assign]

@@ -15,7 +15,7 @@ PACKAGE = Path(s3dcp.__file__).parent
 ROWS = {
     # Errors stand above the portal, whose own are among them: users catch one tree.
     "errors": ["_errors", "_collector"],
-    "portal": ["_calls", "_workers", "_loop_thread", "_portal"],
+    "portal": ["_calls", "_workers", "_loop_thread", "_portal", "_budget"],
     "values": ["_config", "_keys", "_store"],
     "pure": ["_checksums", "_ranges", "_commit", "_inventory", "_opcodes"],
     "engine": ["_pacing", "_tally", "_flow", "_uploads", "_downloads", "_publish"],

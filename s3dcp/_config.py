@@ -59,7 +59,7 @@ class S3ClientConfig:
             short outage, and ends before the other ranks' collectives time out (10 minutes with
             NCCL), so that the error is S3's.
         max_connections: Connections of this process. Default: from `throughput_target_gbps`.
-        memory_budget_bytes: Bytes of host memory that one save or load of this process may hold
+        memory_budget_bytes: Bytes of host memory that all saves and loads of this process may hold
             in buffers, beyond the tensors; a single item that is larger passes alone. Default: a
             node's 512 MiB, at most 64 MiB for a process.
 

@@ -1,0 +1,48 @@
+"""The page of promises: its tests exist, and there are as many as it says."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+_ROOT = Path(__file__).parents[1]
+_PAGE = _ROOT / "PROMISES.md"
+_NAME = re.compile(r"`(test_\w+)`")
+_COUNTED = re.compile(r"^\|[^|]+\| (\d+) tests \| (.+) \|$", re.MULTILINE)
+
+
+def test_every_test_that_it_names_exists() -> None:
+    names = set(_NAME.findall(_PAGE.read_text(encoding="utf-8")))
+    assert names
+    assert [name for name in names if not (_ROOT / "tests" / f"{name}.py").is_file()] == []
+
+
+def test_every_promise_names_a_test() -> None:
+    text = _PAGE.read_text(encoding="utf-8")
+    rows = text.partition("## Promises")[2].partition("## ")[0].splitlines()
+    promises = [row for row in rows if row.startswith("| **")]
+    assert promises
+    assert all(_NAME.search(row) for row in promises)
+
+
+def test_there_are_as_many_as_it_counts() -> None:
+    rows = [
+        (int(count), _NAME.findall(names))
+        for count, names in _COUNTED.findall(_PAGE.read_text(encoding="utf-8"))
+    ]
+    assert rows
+    files = [f"tests/{name}.py" for _, names in rows for name in names]
+    listed = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", *files],
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = Counter(
+        Path(line.partition("::")[0]).stem for line in listed.stdout.splitlines() if "::" in line
+    )
+    assert [(sum(found[name] for name in names), names) for _, names in rows] == rows

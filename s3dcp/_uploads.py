@@ -72,8 +72,9 @@ class Upload:
             self._sending.discard(task)
 
     async def _send(self, number: int, body: Views) -> list[int]:
-        upload_id = await self._started()
+        started = self._started()  # while the checksums are computed
         crcs, checksum = await self._checksums(body)
+        upload_id = await asyncio.shield(started)
 
         send = partial(
             self._channel.store.upload_part, self.uri, upload_id, number, body, checksum=checksum
@@ -104,7 +105,7 @@ class Upload:
         """
         if sorted(self._parts) != list(range(1, count + 1)):
             raise IncompleteSaveError(f"{self.uri} has {len(self._parts)} of {count} parts")
-        upload_id = await self._started()
+        upload_id = await asyncio.shield(self._started())
         sent = [self._parts[number] for number in range(1, count + 1)]
         parts = [part for part, _ in sent]
         checksum = _whole(sent, self._channel.checksum)
@@ -165,11 +166,11 @@ class Upload:
                 exc,
             )
 
-    async def _started(self) -> str:
+    def _started(self) -> asyncio.Task[str]:
+        """Return the task of creating the upload, which no single part cancels for the others."""
         if self._upload_id is None:
-            # A task of its own, which no single part can cancel for the others.
             self._upload_id = asyncio.create_task(self._create())
-        return await asyncio.shield(self._upload_id)
+        return self._upload_id
 
     async def _create(self) -> str:
         create = partial(

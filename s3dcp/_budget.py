@@ -6,7 +6,8 @@ anything. So the parties are ordered by age:
 
 - A party with requests of its own under way waits for those, and for nobody else.
 - Any other waits until there is room, or it is the oldest, or nobody else holds anything: then it
-  takes what it needs, room or not.
+  takes what it needs, room or not. A party within another one (a save's planner that loads) is as
+  old as that one.
 
 The oldest party thus never waits for another one; it ends, and gives back all that it held; and
 then another one is the oldest. What is held is within the limit, but for what one party needs at
@@ -49,18 +50,22 @@ class Budget:
         patience_s: `PATIENCE_S`; injected by tests.
 
     Attributes:
-        held_bytes: How much that is.
         bells: Rung when something is given back.
         shares: Those that are under way, the oldest first.
     """
 
     def __init__(self, patience_s: float = PATIENCE_S) -> None:
         self.patience_s = patience_s
-        self.held_bytes = 0
-        # A plain lock, and bells: an interrupt inside a Condition can leave it locked.
-        self.lock = threading.Lock()
+        # A lock in C, and bells: an interrupt inside a Condition can leave it locked. Reentrant,
+        # since a signal's handler that saves may strike where it is held.
+        self.lock = threading.RLock()
         self.bells: list[queue.SimpleQueue[None]] = []
         self.shares: list[Share] = []
+
+    @property
+    def held_bytes(self) -> int:
+        """How much they hold: counted, so that no interrupt can leave it wrong."""
+        return sum(share.held_bytes for share in self.shares)
 
     def share(self, limit_bytes: int) -> Share:
         """Return a new party's share: a context, at whose end all of it is given back.
@@ -76,11 +81,13 @@ class Share:
 
     Attributes:
         held_bytes: How much that is.
+        thread: The thread.
     """
 
     def __init__(self, budget: Budget, limit_bytes: int) -> None:
         self._budget = budget
         self._limit_bytes = limit_bytes
+        self.thread = threading.get_ident()
         self.held_bytes = 0
 
     def __enter__(self) -> Self:
@@ -91,7 +98,7 @@ class Share:
     def __exit__(self, *exc_info: object) -> None:
         with self._budget.lock:
             self._budget.shares.remove(self)
-            self._change(-self.held_bytes)
+            self._ring()
 
     def try_take(self, size_bytes: int) -> bool:
         """Take bytes if there is room; for a party that has requests of its own to wait for."""
@@ -122,21 +129,27 @@ class Share:
             self._change(-size_bytes)
 
     def _admitted(self, size_bytes: int) -> bool:
+        shares = self._budget.shares
+        # All that this thread drives waits along: a save whose planner loads is held up by that.
+        here = threading.get_ident()
+        own = [share for share in shares if share is self or share.thread == here]
         return admits(
             size_bytes,
             self._limit_bytes,
-            own_bytes=self.held_bytes,
+            own_bytes=sum(share.held_bytes for share in own),
             all_bytes=self._budget.held_bytes,
-            oldest=self._budget.shares[0] is self,
+            oldest=shares[0] in own,
         )
 
     def _change(self, size_bytes: int) -> None:
         self.held_bytes += size_bytes
-        self._budget.held_bytes += size_bytes
         if size_bytes <= 0:
-            bells, self._budget.bells = self._budget.bells, []
-            for bell in bells:
-                bell.put(None)
+            self._ring()
+
+    def _ring(self) -> None:
+        bells, self._budget.bells = self._budget.bells, []
+        for bell in bells:
+            bell.put(None)
 
 
 _budget = Budget()

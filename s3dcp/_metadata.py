@@ -278,6 +278,18 @@ class _MemoryFormat(int, metaclass=_Sealed):
     __hash__ = int.__hash__
 
 
+class _MemberOf(metaclass=_Sealed):
+    """Gets a memory format by its name, and nothing else.
+
+    Python 3.11.0 to 3.11.3 (Debian 12 has 3.11.2) pickle members of an enum as `getattr` of it.
+    """
+
+    def __new__(cls, owner: object, name: str) -> Any:
+        if owner is not _MemoryFormat:
+            raise ValueError("builtins.getattr of what is no memory format")
+        return _MemoryFormat(_MEMORY_FORMATS[name])
+
+
 class _Layout(metaclass=_Sealed):
     """Makes layouts as `torch.serialization._get_layout` does."""
 
@@ -320,6 +332,11 @@ def _checked(parts: tuple[str, ...]) -> tuple[str, ...]:
 
 _MAX_DIMENSIONS = 64  # torch's own limit for a tensor that is more than a shape
 _MAX_PATH_CHARS = 1 << 16
+_MEMORY_FORMATS = {
+    "TORCH_CONTIGUOUS_FORMAT": 0,
+    "TORCH_CHANNELS_LAST": 1,
+    "TORCH_PRESERVE_FORMAT": 2,
+}
 _LAYOUTS = {str(value): value for value in vars(torch).values() if isinstance(value, torch.layout)}
 _METADATA = "torch.distributed.checkpoint.metadata"
 _LEGACY = "torch.distributed._shard.sharded_tensor.metadata"  # up to torch 2.2
@@ -349,6 +366,7 @@ _GLOBALS: dict[tuple[str, str], object] = {
     },
     ("torch", "Size"): _Size,
     ("torch.serialization", "_get_layout"): _Layout,
+    ("builtins", "getattr"): _MemberOf,
     ("collections", "OrderedDict"): _OrderedDict,
     # Python 3.13 alone names them by their private module. Other systems' classes cannot be made.
     **{

@@ -68,6 +68,47 @@ def test_the_next_one_is_the_oldest_when_the_oldest_ends() -> None:
         taking.result(10)
 
 
+def test_nobody_waits_for_a_party_that_waits_for_it() -> None:
+    """A save's planner that loads: within the save, and on its thread."""
+    shared = Budget()
+    with ThreadPoolExecutor(1) as threads, shared.share(LIMIT) as save:
+        with threads.submit(shared.share, LIMIT).result() as other:
+            with shared.share(LIMIT) as load:
+                save.take(80)
+                other.take(10)
+                load.take(20)  # as old as the save
+                assert shared.held_bytes == 110
+                assert not threads.submit(other._admitted, 10).result()
+            shared.shares.reverse()  # now the other one is older
+            assert not save._admitted(20)
+        with shared.share(LIMIT) as load:
+            shared.shares.reverse()
+            load.take(30)  # nobody else holds anything
+            assert shared.held_bytes == 110
+    assert shared.held_bytes == 0
+
+
+def test_a_signal_may_strike_where_the_lock_is_held() -> None:
+    """Its handler saves before the job is ended, as many do on SIGTERM."""
+    shared = Budget()
+    with shared.lock:
+        assert shared.lock.acquire(blocking=False)
+        shared.lock.release()
+
+
+def test_an_interrupt_leaves_nothing_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = Budget()
+    share = shared.share(LIMIT)
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(share, "_ring", interrupted)
+    with pytest.raises(KeyboardInterrupt), share:
+        share.take(60)
+    assert shared.held_bytes == 0
+
+
 def test_patience_ends() -> None:
     """The oldest's planner, say, waits for what only the younger one would do."""
     shared = Budget(patience_s=0.01)

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed._shard.sharded_tensor import metadata as legacy_metadata
 from torch.distributed._shard.sharded_tensor.metadata import TensorProperties as LegacyProperties
+from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -326,6 +328,31 @@ def test_memory_formats_cannot_be_altered() -> None:
     for state in (b"}" + short("_value_") + b"K\x02s", b"N}" + short("_value_") + b"K\x02s\x86"):
         with pytest.raises(CorruptMetadataError):
             load(b"\x80\x04" + encoding + state + b"b.")
+
+
+@pytest.mark.parametrize("module", [torch_metadata, legacy_metadata])
+def test_memory_formats_as_some_pythons_pickle_them(
+    module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python 3.11.0 to 3.11.3, and so Debian 12, has them as attributes of their enum."""
+    name = "_MEM_FORMAT_ENCODING" if module is torch_metadata else "MEM_FORMAT_ENCODING"
+    encoding = getattr(module, name)
+
+    def reduce(member: Any, _protocol: object) -> object:
+        return getattr, (type(member), member.name)
+
+    monkeypatch.setattr(encoding, "__reduce_ex__", reduce)
+    for memory_format in (torch.contiguous_format, torch.channels_last, torch.preserve_format):
+        metadata = sample()
+        for entry in metadata.state_dict_metadata.values():
+            if isinstance(entry, TensorStorageMetadata):
+                entry.properties = module.TensorProperties(memory_format=memory_format)
+        pickled = pickle.dumps(metadata)
+        assert b"getattr" in pickled
+        assert load(pickled) == metadata
+    for owner in (torch.Size, Metadata, "x"):
+        with pytest.raises(CorruptMetadataError, match=r"builtins\.getattr"):
+            load(pickle.dumps(Call(getattr, owner, "__class__")))
 
 
 def test_trusted_metadata_is_plain_pickle() -> None:

@@ -262,7 +262,10 @@ class TestItemsThatAreNoTensors:
     def test_a_flat_plan_is_filled_too(self, server: FakeS3) -> None:
         s3dcp.save({"step": 3}, URI)
         target = {"step": 0}
-        s3dcp.load(target, URI, planner=s3dcp.WeightsOnlyLoadPlanner(flatten_state_dict=False))
+        planner = s3dcp.WeightsOnlyLoadPlanner(
+            flatten_state_dict=False, flatten_sharded_tensors=False
+        )
+        s3dcp.load(target, URI, planner=planner)
 
         assert target == {"step": 3}
 
@@ -347,7 +350,7 @@ class TestAwaited:
 
     def test_the_loop_goes_on(self, server: FakeS3, run: Callable[[Awaitable[Any]], Any]) -> None:
         """While a request is held back, and by nothing but the loop's own turn released."""
-        rule = server.inject(Stall(), operation="PutObject", key="*/.metadata")
+        rule = server.inject(Stall(head=False), operation="PutObject", key="*/.metadata")
 
         async def main() -> None:
             saving = asyncio.create_task(s3dcp.asave(state(), URI))
@@ -356,9 +359,7 @@ class TestAwaited:
                 await asyncio.sleep(0)
             assert not saving.done()
             rule.release()
-            saving.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await saving
+            await saving
 
         run(main())
 
@@ -366,7 +367,7 @@ class TestAwaited:
     def test_a_cancelled_save_leaves_nothing(
         self, server: FakeS3, run: Callable[[Awaitable[Any]], Any], operation: str
     ) -> None:
-        rule = server.inject(Stall(), operation=operation, times=None)
+        rule = server.inject(Stall(head=False), operation=operation, times=None)
 
         async def main() -> None:
             saving = asyncio.create_task(s3dcp.asave(state(), URI, s3client_config=CONFIG))
@@ -387,7 +388,7 @@ class TestAwaited:
         self, server: FakeS3, run: Callable[[Awaitable[Any]], Any]
     ) -> None:
         s3dcp.save(state(), URI)
-        rule = server.inject(Stall(), operation="GetObject", key="*.distcp", times=None)
+        rule = server.inject(Stall(head=False), operation="GetObject", key="*.distcp", times=None)
         target = empty()
 
         async def main() -> None:
@@ -406,8 +407,7 @@ class TestAwaited:
     def test_nothing_is_held_after_a_cancellation(
         self, server: FakeS3, run: Callable[[Awaitable[Any]], Any]
     ) -> None:
-        server.inject(Stall(), operation="UploadPart", times=None)
-        rule = server.inject(Stall(), operation="CreateMultipartUpload", times=None)
+        rule = server.inject(Stall(head=False), operation="CreateMultipartUpload", times=None)
 
         async def main() -> weakref.ref[torch.Tensor]:
             kept = state()
@@ -437,7 +437,7 @@ class TestAwaited:
         assert not server.uploads(BUCKET)
 
     def test_a_timeout(self, server: FakeS3, run: Callable[[Awaitable[Any]], Any]) -> None:
-        server.inject(Stall(), times=None)
+        server.inject(Stall(head=False), times=None)
 
         async def main() -> None:
             with pytest.raises(TimeoutError):

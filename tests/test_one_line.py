@@ -407,7 +407,7 @@ class TestAwaited:
     def test_nothing_is_held_after_a_cancellation(
         self, server: FakeS3, run: Callable[[Awaitable[Any]], Any]
     ) -> None:
-        rule = server.inject(Stall(head=False), operation="CreateMultipartUpload", times=None)
+        rule = server.inject(Stall(head=False), operation="UploadPart", times=None)
 
         async def main() -> weakref.ref[torch.Tensor]:
             kept = state()

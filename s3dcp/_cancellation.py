@@ -27,10 +27,14 @@ CancelSoon = Callable[[Iterable[Call[Any]]], None]
 
 
 class Cancellation:
-    """The calls of one thread, to be cancelled together, and those that would follow them."""
+    """The calls of one thread, to be cancelled together, and those that would follow them.
+
+    Without a lock, as `Call` is, and for the same reason: what two threads may do at once is a
+    single step in C. A call is noted before `admit` looks, and `cancel` looks after it has said so:
+    one of them sees the other.
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._calls: dict[Call[Any], CancelSoon] = {}
         self._cancelled = False
 
@@ -40,23 +44,20 @@ class Cancellation:
         Raises:
             PortalError: it is too late for that.
         """
-        with self._lock:
-            if self._cancelled:
-                raise PortalError("The call was cancelled")
-            self._calls[call] = cancel_soon
+        self._calls[call] = cancel_soon
         call.add_done_callback(self._forget)
+        if self._cancelled:
+            self._forget(call)
+            raise PortalError("The call was cancelled")
 
     def cancel(self) -> None:
         """Ask for all of them to be cancelled, and refuse all others."""
-        with self._lock:
-            self._cancelled = True
-            calls = tuple(self._calls.items())
-        for call, cancel_soon in calls:
+        self._cancelled = True
+        for call, cancel_soon in self._calls.copy().items():
             cancel_soon([call])
 
     def _forget(self, call: Call[Any]) -> None:
-        with self._lock:
-            self._calls.pop(call, None)
+        self._calls.pop(call, None)
 
 
 class _Current(threading.local):

@@ -248,7 +248,7 @@ class TestItemsThatAreNoTensors:
         s3dcp.save({"counts": collections.deque([1])}, URI)
         for options in ({"weights_only": False}, {"planner": DefaultLoadPlanner()}):
             target: dict[str, Any] = {"counts": None}
-            s3dcp.load(target, URI, **options)  # type: ignore[arg-type]
+            s3dcp.load(target, URI, **options)
             assert target == {"counts": collections.deque([1])}
 
     def test_are_loaded_where_their_type_is_admitted(self, server: FakeS3) -> None:
@@ -435,6 +435,32 @@ class TestAwaited:
 
         run(main())
         assert not server.uploads(BUCKET)
+
+    def test_cancelled_between_two_requests(
+        self, server: FakeS3, run: Callable[[Awaitable[Any]], Any]
+    ) -> None:
+        reached, going_on = threading.Event(), threading.Event()
+
+        class Planner(DefaultSavePlanner):
+            def resolve_data(self, write_item: Any) -> Any:
+                reached.set()
+                going_on.wait()
+                return super().resolve_data(write_item)
+
+        async def main() -> None:
+            saving = asyncio.create_task(s3dcp.asave(state(), URI, planner=Planner()))
+            await asyncio.to_thread(reached.wait)
+            for _ in range(3):  # as often as one likes
+                saving.cancel()
+                await asyncio.sleep(0)
+                assert not saving.done()
+            going_on.set()
+            with pytest.raises(asyncio.CancelledError):
+                await saving
+
+        run(main())
+        assert not server.keys(BUCKET)
+        assert {record.operation for record in server.requests} == {"GetObject"}
 
     def test_a_timeout(self, server: FakeS3, run: Callable[[Awaitable[Any]], Any]) -> None:
         server.inject(Stall(head=False), times=None)

@@ -97,7 +97,9 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
             loop.call_soon_threadsafe(ended.set)
 
     call = partial(contextvars.copy_context().run, partial(function, *args, **kwargs))
-    what = (call, work, cancellation, tell)
+    job = [(call, work)]
+    del call
+    what = (job, cancellation, tell)
     threading.Thread(target=_run, args=what, name="s3dcp-blocking", daemon=True).start()
     try:
         await ended.wait()
@@ -113,12 +115,17 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
 
 
 def _run(
-    call: Callable[[], T], work: Future[T], cancellation: Cancellation, tell: Callable[[], None]
+    job: list[tuple[Callable[[], T], Future[T]]],
+    cancellation: Cancellation,
+    tell: Callable[[], None],
 ) -> None:
+    # Taken out: a thread holds on to its arguments until it is gone, and the caller goes on before.
+    call, work = job.pop()
     _current.cancellation = cancellation
     try:
         work.set_result(call())
     except BaseException as exc:  # noqa: BLE001 - it belongs to whoever awaits it
         work.set_exception(exc)
     finally:
+        del call, work
         tell()

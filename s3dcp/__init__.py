@@ -1,6 +1,7 @@
 """S3 storage for PyTorch Distributed Checkpoint, on asyncio."""
 
 from s3dcp._catalog import Garbage, abort_uploads, delete, gc, latest, list_checkpoints
+from s3dcp._checkpoint import aload, asave, async_save, load, save
 from s3dcp._config import S3ClientConfig
 from s3dcp._constructors import (
     DCPS3ReaderConstructorProtocol,
@@ -33,10 +34,12 @@ from s3dcp._errors import (
     S3TimeoutError,
     ServerError,
     ThrottledError,
+    UnsafeItemError,
     WrongRegionError,
 )
 from s3dcp._filesystem import S3FileSystem
 from s3dcp._inventory import CheckpointInfo
+from s3dcp._planner import WeightsOnlyLoadPlanner
 from s3dcp._prefixes import (
     BinaryPrefixStrategy,
     DefaultPrefixStrategy,
@@ -63,6 +66,13 @@ __all__ = [
     "S3StorageWriter",
     "StorageMetadata",
     "Totals",
+    "WeightsOnlyLoadPlanner",
+    # calls
+    "aload",
+    "asave",
+    "async_save",
+    "load",
+    "save",
     # catalog
     "CheckpointInfo",
     "Garbage",
@@ -119,6 +129,7 @@ __all__ = [
     "S3TimeoutError",
     "ServerError",
     "ThrottledError",
+    "UnsafeItemError",
     "WrongRegionError",
     "__version__",
 ]

@@ -23,7 +23,8 @@ S3Exception
 │   ├── CommitConflictError               another writer's commit won, or ours is unsettled
 │   ├── IncompleteSaveError               an item was not written: nothing is published
 │   ├── CorruptMetadataError              `.metadata` truncated, foreign or hostile
-│   └── IntegrityError                    stored bytes differ from those that were saved
+│   ├── IntegrityError                    stored bytes differ from those that were saved
+│   └── UnsafeItemError                   an item's pickle names what `weights_only=True` refuses
 └── PortalError (RuntimeError)            the I/O thread refused or lost a call
 
 All of them pickle: DCP carries errors between ranks. Requests are mapped once, in `_client`,
@@ -183,6 +184,10 @@ class CorruptMetadataError(CheckpointError):
 
 class IntegrityError(CheckpointError):
     """Stored bytes differ from those that were saved."""
+
+
+class UnsafeItemError(CheckpointError):
+    """An item that is no tensor, whose pickle names more than `weights_only=True` admits."""
 
 
 class PortalError(S3Exception, RuntimeError):

@@ -24,6 +24,7 @@ from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from s3dcp._calls import GRACE_S, Call, settle
+from s3dcp._cancellation import admit
 from s3dcp._errors import PortalError
 from s3dcp._loop_thread import LoopThread, new_event_loop
 
@@ -98,6 +99,7 @@ class Portal:
         self._thread.refuse_own()
         call: Call[T] = Call()
         try:
+            admit(call, self.cancel_soon)
             self.start(call, function, *args, **kwargs)
             return call.result()
         except BaseException:
@@ -232,6 +234,7 @@ class Calls:
         call: Call[T] = Call()
         call.add_done_callback(self._running.discard)
         self._running.add(call)
+        admit(call, self._portal.cancel_soon)
         self._portal.start(call, function, *args, **kwargs)
         return call
 

@@ -13,6 +13,7 @@ from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed._shard.sharded_tensor.metadata import (
     TensorProperties as LegacyTensorProperties,
 )
+from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.filesystem import (
     CURRENT_DCP_VERSION,
     _item_size,
@@ -37,6 +38,7 @@ __all__ = [
     "narrow_tensor_by_index",
     "neg_view",
     "pickled_without_memory",
+    "set_element",
 ]
 
 #: A view of a tensor with its negative bit flipped; no public function sets the bit.

@@ -15,7 +15,7 @@ PACKAGE = Path(s3dcp.__file__).parent
 ROWS = {
     # Errors stand above the portal, whose own are among them: users catch one tree.
     "errors": ["_errors", "_collector"],
-    "portal": ["_calls", "_workers", "_loop_thread", "_portal", "_budget"],
+    "portal": ["_calls", "_workers", "_loop_thread", "_cancellation", "_portal", "_budget"],
     "values": ["_config", "_keys", "_store"],
     "pure": ["_checksums", "_ranges", "_commit", "_inventory", "_opcodes"],
     "engine": ["_pacing", "_tally", "_flow", "_uploads", "_downloads", "_publish"],
@@ -24,7 +24,7 @@ ROWS = {
     "facade": [
         *("_s3client", "_prefixes", "_streams", "_readers", "_ranged_reader", "_dcp_reader"),
         *("_constructors", "_transfers", "_filesystem", "_landing", "_saving", "_loading"),
-        *("_writer", "_reader", "_survey", "_catalog", "_verifying"),
+        *("_writer", "_reader", "_planner", "_checkpoint", "_survey", "_catalog", "_verifying"),
     ],
     "cli": ["_cli", "__main__"],
 }

@@ -11,6 +11,7 @@ import textwrap
 import pytest
 import torch
 from torch.distributed.checkpoint import (
+    default_planner,
     filesystem,
     metadata,
     state_dict_loader,
@@ -43,6 +44,8 @@ SOURCES = {
     "StorageWriter": storage.StorageWriter,
     "StorageReader": storage.StorageReader,
     "metadata": metadata,
+    "set_element": _torch_internals.set_element,
+    "load_bytes": default_planner.DefaultLoadPlanner.load_bytes,
     "_load_state_dict": state_dict_loader._load_state_dict,
     "_save_state_dict": state_dict_saver._save_state_dict,
     "save": torch.serialization.save,
@@ -82,6 +85,8 @@ PINS: dict[str, dict[str, str]] = {
         "StorageWriter": "a43de60f0fa825b63af027f1b133db85",
         "StorageReader": "35b8a30fec14f2470861ca0f9c720be9",
         "metadata": "6231a271f0c4808062d44982f730bdf9",
+        "set_element": "a07d75df5abdd9228a43e97c90022c0f",
+        "load_bytes": "f23c9ba43dc34535b7a55ae790676e8f",
         "_load_state_dict": "7ea12af35d4f0240c414a26fe68973a5",
         "_save_state_dict": "f12bbbcdf2633a2e3d6042229fc4d6da",
         "save": "c473f903cc9fce800dd770f161f9bd11",

@@ -24,6 +24,8 @@ import queue
 import threading
 from typing import Self
 
+from s3dcp._waiting import wait_for
+
 #: Seconds without anything being given back after which a limit is not kept any more.
 PATIENCE_S = 10.0
 
@@ -119,7 +121,7 @@ class Share:
                     return
                 self._budget.bells.append(bell)
             try:
-                bell.get(timeout=self._budget.patience_s)
+                wait_for(bell, self._budget.patience_s)
             except queue.Empty:
                 patient = False
 

@@ -11,6 +11,7 @@ from contextlib import suppress
 from typing import Any, Generic, TypeVar
 
 from s3dcp._errors import PortalError
+from s3dcp._waiting import wait_for
 
 T = TypeVar("T")
 
@@ -65,7 +66,7 @@ class Call(Generic[T]):
             told: queue.SimpleQueue[Call[T]] = queue.SimpleQueue()
             self.add_done_callback(told.put)
             with suppress(queue.Empty):
-                told.get(timeout=None if timeout_s is None else max(timeout_s, 0.0))
+                wait_for(told, timeout_s)
         return self.done
 
     def add_done_callback(self, function: Callable[[Call[T]], object]) -> None:

@@ -14,6 +14,8 @@ import queue
 from collections.abc import Iterator
 from typing import Self, TypeVar
 
+from s3dcp._waiting import wait_for
+
 T = TypeVar("T")
 
 
@@ -45,7 +47,7 @@ class CollectorPause:
         except queue.Empty:
             pass
         with self.lifted():
-            return source.get()
+            return wait_for(source)
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:

@@ -209,9 +209,9 @@ def _map_answer(exc: boto.ClientError, operation: str, uri: S3Uri) -> S3Exceptio
         status=status,
         request_id=meta.get("RequestId") or headers.get("x-amz-request-id"),
     )
-    asked = headers.get("retry-after", "")
     # The header's other form, a date, is not S3's.
-    failure.retry_after_s = float(asked) if re.fullmatch(r"\d{1,6}", asked) else None
+    if asked := re.fullmatch(r"\d{1,6}", headers.get("retry-after", "")):
+        failure.retry_after_s = float(asked[0])
     return failure
 
 

@@ -20,7 +20,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import Metadata
 
-from s3dcp import S3ClientConfig, S3Exception
+from s3dcp import S3ClientConfig, S3ConnectionError, S3Exception
 from s3dcp._client import S3Store
 from s3dcp._errors import CorruptMetadataError
 from s3dcp._keys import S3Uri
@@ -361,7 +361,11 @@ class Client:
             return await asyncio.wait_for(call(self._store), 30)
 
         try:
-            return self._runner.run(asked())
+            try:
+                return self._runner.run(asked())
+            except S3ConnectionError:
+                # The server closes connections, which shows with the next request at times.
+                return self._runner.run(asked())
         except S3Exception as exc:
             return exc
 

@@ -9,7 +9,6 @@ import torch
 from benchmarks._values import Shape
 
 _COLUMNS = 1024
-_ITEM_BYTES = 4
 
 State = dict[str, torch.Tensor]
 

@@ -355,12 +355,16 @@ def verify(item: Item, data: memoryview | None) -> None:
 
 
 def _damaged(item: Item, start: int, end: int) -> IntegrityError:
-    first = item.info.offset
+    return damaged(item.name, item.uri, item.info.offset + start, item.info.offset + end)
+
+
+def damaged(name: str, uri: S3Uri, start: int, end: int) -> IntegrityError:
+    """Return the error for an object's bytes [start, end) that are not what was saved."""
     return IntegrityError(
-        f"{item.name}: bytes [{first + start}, {first + end}) of {item.uri} differ from those that "
-        "were saved (CRC64NVME): load an older checkpoint",
-        bucket=item.uri.bucket,
-        key=item.uri.key,
+        f"{name}: bytes [{start}, {end}) of {uri} differ from those that were saved (CRC64NVME): "
+        "load an older checkpoint",
+        bucket=uri.bucket,
+        key=uri.key,
     )
 
 

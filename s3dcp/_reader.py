@@ -32,6 +32,7 @@ from s3dcp._errors import (
 )
 from s3dcp._filesystem import S3FileSystem
 from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
+from s3dcp._landing import damaged
 from s3dcp._loading import LoadedItems
 from s3dcp._metadata import crcs_of, load_metadata
 from s3dcp._publish import read
@@ -191,13 +192,11 @@ class S3StorageReader(FileSystemReader):
             S3Exception: as the store. The targets' contents are then undefined.
         """
         base = parse_s3_uri(self.path)
-        source = str(self._metadata_uri(None))
-        for name in {self.storage_data[item.storage_index].relative_path for item in plan.items}:
-            child_key(base.key, name, source=source)
         try:
             if isinstance(self._reader_constructor, DCPOptimizedConstructor):
                 self._read_ranges(plan, planner, base, self._reader_constructor.max_gap_size)
             else:
+                self._check_names(plan, base)
                 super().read_data(plan, planner)
         except (ObjectNotFoundError, CheckpointChangedError) as exc:
             raise self._explained(exc) from exc
@@ -221,25 +220,26 @@ class S3StorageReader(FileSystemReader):
             raise self._damaged(sinfo)
         return io.BytesIO(data)
 
+    def _check_names(self, plan: LoadPlan, base: S3Uri) -> None:
+        """Refuse names outside of the checkpoint before a file is opened."""
+        source = str(self._metadata_uri(None))
+        for name in {self.storage_data[item.storage_index].relative_path for item in plan.items}:
+            child_key(base.key, name, source=source)
+
     def _damaged(self, sinfo: _StorageInfo) -> IntegrityError:
         # torch does not say whose item it asks for.
         names = [index.fqn for index, info in self.storage_data.items() if info is sinfo]
         base = parse_s3_uri(self.path)
         uri = S3Uri(base.bucket, join(base.key, sinfo.relative_path))
-        return IntegrityError(
-            f"{', '.join(names)}: bytes [{sinfo.offset}, {sinfo.offset + sinfo.length}) of {uri} "
-            "differ from those that were saved (CRC64NVME): load an older checkpoint",
-            bucket=uri.bucket,
-            key=uri.key,
-        )
+        return damaged(", ".join(names), uri, sinfo.offset, sinfo.offset + sinfo.length)
 
     def _read_ranges(
         self, plan: LoadPlan, planner: LoadPlanner, base: S3Uri, max_gap_bytes: float
     ) -> None:
-        portal, channel = self.fs.client.connect()
+        portal, channel = self.fs.client.connect(self._tally)
         LoadedItems(
             portal,
-            channel.counting(self._tally),
+            channel,
             self.fs.client.s3client_config,
             planner,
             self.transforms,
@@ -248,8 +248,8 @@ class S3StorageReader(FileSystemReader):
         _log.info("read %d items from %s: %s", len(plan.items), self.path, self.totals)
 
     def _read_metadata(self, uri: S3Uri) -> Metadata:
-        portal, channel = self.fs.client.connect()
-        found = portal.call(read, channel.counting(self._tally), uri)
+        portal, channel = self.fs.client.connect(self._tally)
+        found = portal.call(read, channel, uri)
         if found is None:
             raise CheckpointNotFoundError(
                 f"No checkpoint at {self.path}: there is no {uri}. A save that did not finish "

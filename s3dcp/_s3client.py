@@ -23,6 +23,7 @@ from s3dcp._keys import S3Uri, parse_s3_uri
 from s3dcp._portal import Portal, offload, portal
 from s3dcp._ranges import cut, upload_part_bytes
 from s3dcp._store import ObjectInfo
+from s3dcp._tally import Tally
 from s3dcp._uploads import Upload
 
 if TYPE_CHECKING:
@@ -161,14 +162,15 @@ class S3Client:
 
     # What follows is for the synchronous facades, which submit to the portal themselves.
 
-    def connect(self) -> tuple[Portal, Channel]:
-        """Return the portal and this handle's pool on it."""
+    def connect(self, tally: Tally | None = None) -> tuple[Portal, Channel]:
+        """Return the portal and this handle's pool on it; `tally` counts the pool's requests."""
         environment = _aws_environment()
         here = portal()
         if self._open is None or self._open[0] is not here or self._open[1] != environment:
             channel = here.call(_channel, here, self._region, self._config)
             self._open = here, environment, channel
-        return self._open[0], self._open[2]
+        channel = self._open[2]
+        return here, channel.counting(tally) if tally is not None else channel
 
     def call(
         self,

@@ -6,8 +6,8 @@ import dataclasses
 import logging
 import os
 import uuid
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from collections.abc import Iterable
+from typing import Any
 
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, SerializationFormat
 from torch.distributed.checkpoint.metadata import (
@@ -28,7 +28,6 @@ from s3dcp._errors import (
     S3ConfigError,
 )
 from s3dcp._filesystem import S3FileSystem
-from s3dcp._flow import Channel
 from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
 from s3dcp._metadata import dump_metadata, load_metadata
 from s3dcp._prefixes import DefaultPrefixStrategy, S3PrefixStrategyBase
@@ -36,9 +35,6 @@ from s3dcp._publish import already_exists, delete_quietly, publish
 from s3dcp._saving import SavedItems
 from s3dcp._tally import Tally, Totals
 from s3dcp._torch_internals import CURRENT_DCP_VERSION, _split_by_size_and_type, _StorageInfo
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 _log = logging.getLogger("s3dcp.writer")
 
@@ -171,10 +167,9 @@ class S3StorageWriter(FileSystemWriter):
             name = data_name(plan.storage_data.prefix, number, token)
             key = child_key(base.key, name, source="the prefix strategy")
             files.append((S3Uri(base.bucket, key), name, items))
-        portal, channel = self.fs.client.connect()
+        portal, channel = self.fs.client.connect(self._tally)
         config = self.fs.client.s3client_config
-        counted = channel.counting(self._tally)
-        saved = SavedItems(portal, counted, config, planner, self.transforms).write(files)
+        saved = SavedItems(portal, channel, config, planner, self.transforms).write(files)
         _log.info("wrote %d items to %s: %s", len(saved), self.path, self.totals)
         # Objects without items are named as well: what is not named outlives its checkpoint.
         saved += [
@@ -202,8 +197,10 @@ class S3StorageWriter(FileSystemWriter):
         metadata.storage_meta = self.storage_meta()
         _check_complete(metadata)
         uri = self._metadata_uri()
-        replaced = self._call(
+        portal, channel = self.fs.client.connect(self._tally)
+        replaced = portal.call(
             publish,
+            channel,
             uri,
             dump_metadata(metadata),
             overwrite=self.overwrite,
@@ -241,17 +238,8 @@ class S3StorageWriter(FileSystemWriter):
         except (CorruptMetadataError, InvalidS3UriError) as exc:
             _log.warning("objects of the checkpoint that was replaced are left in place: %s", exc)
             return
-        self._call(delete_quietly, uris)
-
-    def _call(
-        self,
-        function: Callable[Concatenate[Channel, P], Awaitable[T]],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> T:
-        """Run an engine function, and count its requests."""
-        portal, channel = self.fs.client.connect()
-        return portal.call(function, channel.counting(self._tally), *args, **kwargs)
+        portal, channel = self.fs.client.connect(self._tally)
+        portal.call(delete_quietly, channel, uris)
 
     def _uris(self, names: Iterable[str]) -> list[S3Uri]:
         base = parse_s3_uri(self.path)

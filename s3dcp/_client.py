@@ -290,7 +290,13 @@ class S3Store:
                 **_given(CopySourceIfMatch=info.etag),
                 **self._read_args(),
             )
-            return Part(number=number, etag=answer["CopyPartResult"]["ETag"], checksum=None)
+            etag = answer.get("CopyPartResult", {}).get("ETag")
+            if not etag:
+                # rclone takes it for an UploadPart without a body, and says so with a 200.
+                failure = S3ProtocolError("The store does not copy parts: the answer has no ETag")
+                failure.retryable = False
+                raise failure
+            return Part(number=number, etag=etag, checksum=None)
 
     @property
     def _idle_s(self) -> float:

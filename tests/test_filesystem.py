@@ -27,6 +27,7 @@ from s3dcp import (
     S3ClientConfig,
     S3ConfigError,
     S3FileSystem,
+    S3ProtocolError,
     S3ReaderConstructor,
     S3StorageReader,
     S3StorageWriter,
@@ -396,6 +397,22 @@ def test_rename_of_what_is_too_large_for_one_copy(
     assert get(boto, bucket, "new") == body
 
 
+@pytest.mark.usefixtures("rclone")
+def test_a_store_that_cannot_copy_parts_is_told_from_one_that_did(
+    fs: S3FileSystem, boto: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So is rclone, which answers 200 and has stored an empty part."""
+    from s3dcp import _client
+
+    put(boto, bucket, old=contents(6 * MiB))
+    monkeypatch.setattr(_client, "MAX_PART_BYTES", 5 * MiB)
+    with pytest.raises(S3ProtocolError, match="does not copy parts"):
+        fs.rename(f"s3://{bucket}/old", f"s3://{bucket}/new")
+    assert keys(boto, bucket) == ["old"]
+    assert uploads(boto, bucket) == []
+
+
+@pytest.mark.usefixtures("moto")
 def test_a_copy_in_parts_that_fails_leaves_nothing(
     serve: Serve, server: Server, boto: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -48,9 +48,11 @@ from s3dcp._prefixes import (
     RoundRobinPrefixStrategy,
     S3PrefixStrategyBase,
 )
+from s3dcp._progress import ProgressCallback
 from s3dcp._ranged_reader import RangedS3Reader
 from s3dcp._reader import S3StorageReader
 from s3dcp._readers import S3Reader, SequentialS3Reader
+from s3dcp._report import Report, RequestPrices
 from s3dcp._s3client import S3Client
 from s3dcp._store import ObjectInfo, UploadInfo
 from s3dcp._streams import S3Writer
@@ -61,11 +63,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     # checkpoints
-    "OperationTotals",
     "S3StorageReader",
     "S3StorageWriter",
     "StorageMetadata",
-    "Totals",
     "WeightsOnlyLoadPlanner",
     # calls
     "aload",
@@ -82,6 +82,12 @@ __all__ = [
     "gc",
     "latest",
     "list_checkpoints",
+    # reports
+    "OperationTotals",
+    "ProgressCallback",
+    "Report",
+    "RequestPrices",
+    "Totals",
     # files and objects
     "ObjectInfo",
     "S3Client",

@@ -31,7 +31,9 @@ from s3dcp._constructors import DCPS3ReaderConstructorProtocol, S3ReaderConstruc
 from s3dcp._errors import CheckpointNotFoundError
 from s3dcp._planner import WeightsOnlyLoadPlanner
 from s3dcp._prefixes import S3PrefixStrategyBase
+from s3dcp._progress import ProgressCallback
 from s3dcp._reader import S3StorageReader
+from s3dcp._recording import ReportCallback
 from s3dcp._writer import S3StorageWriter
 
 P = ParamSpec("P")
@@ -53,6 +55,8 @@ def save(
     prefix_strategy: S3PrefixStrategyBase | None = None,
     thread_count: int = 1,
     overwrite: bool = True,
+    progress: bool | ProgressCallback = False,
+    on_report: ReportCallback | None = None,
 ) -> Metadata:
     """Save a checkpoint to S3. All ranks of a process group call this together.
 
@@ -68,6 +72,8 @@ def save(
         prefix_strategy: Spreads the data objects over key prefixes.
         thread_count: Objects that a rank writes, at once.
         overwrite: Whether a checkpoint that is there may be replaced.
+        progress: As in `S3StorageWriter`: True for a bar, or a callback.
+        on_report: As in `S3StorageWriter`: is given this rank's report.
 
     Returns:
         The checkpoint's metadata.
@@ -79,10 +85,17 @@ def save(
         CheckpointException: ranks failed with different errors.
     """
     writer = S3StorageWriter(
-        region, uri, s3client_config, prefix_strategy, thread_count, overwrite=overwrite
+        region,
+        uri,
+        s3client_config,
+        prefix_strategy,
+        thread_count,
+        progress=progress,
+        on_report=on_report,
+        overwrite=overwrite,
     )
     _expect_no_group(no_dist=no_dist)
-    with _unwrapped():
+    with _unwrapped(writer):
         saved: Metadata = dcp.save(
             state_dict,
             storage_writer=writer,
@@ -107,6 +120,8 @@ def load(
     reader_constructor: (
         S3ReaderConstructorProtocol | DCPS3ReaderConstructorProtocol | None
     ) = None,
+    progress: bool | ProgressCallback = False,
+    on_report: ReportCallback | None = None,
 ) -> None:
     """Load a checkpoint from S3 into a state dict. All ranks of a group call this together.
 
@@ -120,6 +135,8 @@ def load(
         region: The bucket's region. None: `AWS_REGION`, `AWS_DEFAULT_REGION` or the profile's.
         s3client_config: Settings of the client.
         reader_constructor: As in `S3StorageReader`.
+        progress: As in `S3StorageReader`: True for a bar, or a callback.
+        on_report: As in `S3StorageReader`: is given this rank's report.
 
     Raises:
         UnsafeItemError: an item's pickle could run code.
@@ -128,11 +145,18 @@ def load(
         KeyboardInterrupt: on this rank or another.
         CheckpointException: ranks failed with different errors.
     """
-    reader = _Reader(region, uri, s3client_config, reader_constructor)
+    reader = _Reader(
+        region,
+        uri,
+        s3client_config,
+        reader_constructor,
+        progress=progress,
+        on_report=on_report,
+    )
     if planner is None:
         planner = WeightsOnlyLoadPlanner() if weights_only else DefaultLoadPlanner()
     _expect_no_group(no_dist=no_dist)
-    with _unwrapped():
+    with _unwrapped(reader):
         dcp.load(
             state_dict,
             storage_reader=reader,
@@ -157,6 +181,8 @@ def async_save(
     prefix_strategy: S3PrefixStrategyBase | None = None,
     thread_count: int = 1,
     overwrite: bool = True,
+    progress: bool | ProgressCallback = False,
+    on_report: ReportCallback | None = None,
 ) -> Future[Any] | AsyncSaveResponse:
     """Copy a state dict, and save the copy to S3 while the caller goes on.
 
@@ -174,6 +200,8 @@ def async_save(
         prefix_strategy: Spreads the data objects over key prefixes.
         thread_count: Objects that a rank writes, at once.
         overwrite: Whether a checkpoint that is there may be replaced.
+        progress: As in `S3StorageWriter`: True for a bar, or a callback.
+        on_report: As in `S3StorageWriter`: is given this rank's report.
 
     Returns:
         As `dcp.async_save`: a future of the metadata, or two futures where an `async_stager` stages
@@ -183,10 +211,17 @@ def async_save(
         S3Exception: an argument that cannot work.
     """
     writer = S3StorageWriter(
-        region, uri, s3client_config, prefix_strategy, thread_count, overwrite=overwrite
+        region,
+        uri,
+        s3client_config,
+        prefix_strategy,
+        thread_count,
+        progress=progress,
+        on_report=on_report,
+        overwrite=overwrite,
     )
     _expect_no_group(no_dist=no_dist)
-    with _unwrapped():
+    with _unwrapped(writer):
         response: Future[Any] | AsyncSaveResponse = dcp.async_save(
             state_dict,
             storage_writer=writer,
@@ -200,9 +235,9 @@ def async_save(
     if isinstance(response, AsyncSaveResponse):
         return AsyncSaveResponse(
             staging_completion=response.staging_completion,
-            upload_completion=_unwrapping(response.upload_completion),
+            upload_completion=_unwrapping(response.upload_completion, writer),
         )
-    return _unwrapping(response)
+    return _unwrapping(response, writer)
 
 
 async def asave(
@@ -218,6 +253,8 @@ async def asave(
     prefix_strategy: S3PrefixStrategyBase | None = None,
     thread_count: int = 1,
     overwrite: bool = True,
+    progress: bool | ProgressCallback = False,
+    on_report: ReportCallback | None = None,
 ) -> Metadata:
     """Await `save`, from any event loop, which goes on meanwhile.
 
@@ -241,6 +278,8 @@ async def asave(
         prefix_strategy=prefix_strategy,
         thread_count=thread_count,
         overwrite=overwrite,
+        progress=progress,
+        on_report=on_report,
     )
 
 
@@ -257,6 +296,8 @@ async def aload(
     reader_constructor: (
         S3ReaderConstructorProtocol | DCPS3ReaderConstructorProtocol | None
     ) = None,
+    progress: bool | ProgressCallback = False,
+    on_report: ReportCallback | None = None,
 ) -> None:
     """Await `load`, from any event loop, which goes on meanwhile.
 
@@ -277,6 +318,8 @@ async def aload(
         region=region,
         s3client_config=s3client_config,
         reader_constructor=reader_constructor,
+        progress=progress,
+        on_report=on_report,
     )
 
 
@@ -309,15 +352,19 @@ class _Reader(S3StorageReader):
 
 
 @contextmanager
-def _unwrapped() -> Iterator[None]:
+def _unwrapped(storage: S3StorageWriter | S3StorageReader) -> Iterator[None]:
     try:
         yield
     except CheckpointException as exc:
         wrapped = plain(exc)
         error = shared_error(wrapped)
+        storage.recording.end(error or wrapped)
         if error is None:
             raise wrapped from None
         raise error from wrapped
+    except BaseException as exc:
+        storage.recording.end(exc)
+        raise
 
 
 def plain(exc: CheckpointException) -> CheckpointException:
@@ -342,14 +389,14 @@ def shared_error(exc: CheckpointException) -> BaseException | None:
     return errors[0] if len({type(error) for error in errors}) == 1 else None
 
 
-def _unwrapping(saving: Future[T]) -> Future[T]:
+def _unwrapping(saving: Future[T], writer: S3StorageWriter) -> Future[T]:
     """Return a future that ends as another does, but for a `CheckpointException`."""
     unwrapped: Future[T] = Future()
     unwrapped.set_running_or_notify_cancel()  # neither can be cancelled
 
     def end(done: Future[T]) -> None:
         try:
-            with _unwrapped():
+            with _unwrapped(writer):
                 unwrapped.set_result(done.result())
         except BaseException as exc:  # noqa: BLE001 - it belongs to whoever waits
             unwrapped.set_exception(exc)

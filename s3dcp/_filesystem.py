@@ -19,6 +19,7 @@ from s3dcp._publish import exists
 from s3dcp._s3client import S3Client, copy, delete, list_all
 from s3dcp._store import ObjectInfo
 from s3dcp._streams import S3Writer
+from s3dcp._tally import Tally
 from s3dcp._transfers import DownloadStream, UploadSink
 
 _DELETE_ATTEMPTS = 3
@@ -43,6 +44,8 @@ class S3FileSystem(FileSystemBase):
     ) -> None:
         self._path: str = ""
         self.client = s3_client or S3Client(region, s3client_config)
+        #: Counts the requests of the readers that are opened, if it is set.
+        self.tally: Tally | None = None
         self._reader_constructor = reader_constructor or S3ReaderConstructor.default()
 
     @contextmanager
@@ -76,7 +79,7 @@ class S3FileSystem(FileSystemBase):
             sink.settle()
 
     def _open_reader(self, uri: S3Uri) -> io.IOBase:
-        portal, channel = self.client.connect()
+        portal, channel = self.client.connect(self.tally)
         downloads = Downloads(channel)  # one for all of a reader's requests: they are of one object
         known: list[ObjectInfo] = []
 

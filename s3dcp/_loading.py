@@ -42,6 +42,7 @@ from s3dcp._landing import (
     verify,
 )
 from s3dcp._portal import Calls, Portal
+from s3dcp._progress import Meter
 from s3dcp._ranges import Span, Want, coalesce, span_bytes
 from s3dcp._staging import Buffer, Memory, wait_for_copies
 from s3dcp._torch_internals import _StorageReaderTransforms
@@ -82,6 +83,7 @@ class LoadedItems:
         planner: Resolves and commits tensors, on the caller's thread.
         transforms: The reader's stream extensions.
         max_gap_bytes: The most that may be read in vain to save a request.
+        meter: Is told of the bytes that are in.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class LoadedItems:
         transforms: _StorageReaderTransforms,
         *,
         max_gap_bytes: float,
+        meter: Meter | None = None,
     ) -> None:
         self._portal = portal
         self._calls = Calls(portal)
@@ -102,6 +105,7 @@ class LoadedItems:
         self._transforms = transforms
         self._part_bytes = config.part_size
         self._max_gap_bytes = max_gap_bytes
+        self._meter = meter or Meter()
         self._budget_bytes = config.memory_bytes()
         self._pause = CollectorPause()
         self._memory = Memory(self._budget_bytes, self._settle, self._pause)
@@ -162,6 +166,7 @@ class LoadedItems:
             at = item.info.offset
             wants[item.uri].extend(Want(at + a, at + b, item) for a, b in item.ranges)
         total = sum(item.missing_bytes for item in items)
+        self._meter.expect(total)
         size = span_bytes(total, self._part_bytes, self._channel.slots.count)
         # What one span carries may all need buffers.
         size = min(size, max(self._budget_bytes // 2, MiB))
@@ -251,6 +256,7 @@ class LoadedItems:
             if item.device is not None
         }.values():
             wait_for_copies(device)
+        self._meter.advance(sum(want.end - want.start for want in fetch.span.pieces))
         for want in fetch.span.pieces:
             item = want.owner
             item.missing_bytes -= want.end - want.start
@@ -307,7 +313,9 @@ class LoadedItems:
         """Read the whole of an item whose layout was guessed wrong."""
         again = memoryview(bytearray(item.info.length))
         at = item.info.offset
+        self._meter.expect(again.nbytes)
         self._portal.call(self._downloads.fetch, item.uri, at, [again])
+        self._meter.advance(again.nbytes)
         item.ranges = [(0, item.info.length)]
         verify(item, again)
         return again

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import io
-import logging
 import os
 from typing import IO, Any, cast
 
@@ -35,11 +34,12 @@ from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
 from s3dcp._landing import damaged
 from s3dcp._loading import LoadedItems
 from s3dcp._metadata import crcs_of, load_metadata
+from s3dcp._progress import ProgressCallback
 from s3dcp._publish import read
-from s3dcp._tally import Tally, Totals
+from s3dcp._recording import Audience, Recording, ReportCallback
+from s3dcp._report import Report
+from s3dcp._tally import Totals
 from s3dcp._torch_internals import _StorageInfo
-
-_log = logging.getLogger("s3dcp.reader")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +64,9 @@ class S3StorageReader(FileSystemReader):
             readers for other access patterns, which are used file by file.
         trusted_metadata: Unpickle `.metadata` with plain pickle, which runs what it says: for a
             planner that puts types of its own there, where nobody else can write to the bucket.
+        progress: True for a bar, on rank 0; or a callback, on every rank.
+        on_report: Is given every load's report, on every rank, when the rank's part has ended, well
+            or not. Called on the thread that loads; what it raises is logged.
 
     Raises:
         S3ConfigError: an argument that cannot work.
@@ -79,6 +82,8 @@ class S3StorageReader(FileSystemReader):
         ) = None,
         *,
         trusted_metadata: bool = False,
+        progress: bool | ProgressCallback = False,
+        on_report: ReportCallback | None = None,
     ) -> None:
         self._reader_constructor = reader_constructor or S3ReaderConstructor.dcp_optimized()
         fs = S3FileSystem(
@@ -93,15 +98,19 @@ class S3StorageReader(FileSystemReader):
         self._found: Found | None = None
         self._metadata: Metadata | None = None
         self._global_failure: Exception | None = None
-        self._tally = Tally()
+        self._slicing_bytes = 0
+        self._audience = Audience(progress, on_report)
+        self.recording = self._new_recording()
+
+    @property
+    def report(self) -> Report:
+        """What this rank did in the last load, or has done so far."""
+        return self.recording.report()
 
     @property
     def totals(self) -> Totals:
-        """This rank's requests in the last load: how many, how long, and what went wrong.
-
-        Those of readers that go file by file are not counted.
-        """
-        return self._tally.totals()
+        """This rank's requests in the last load: how many, how long, and what went wrong."""
+        return self.recording.tally.totals()
 
     def __getstate__(self) -> dict[str, Any]:
         # What a load found out is neither small nor another process's business.
@@ -110,7 +119,6 @@ class S3StorageReader(FileSystemReader):
             "_found": None,
             "_metadata": None,
             "_global_failure": None,
-            "_tally": Tally(),
         }
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -127,20 +135,18 @@ class S3StorageReader(FileSystemReader):
             S3Exception: as the store.
         """
         rank = kwargs.get("rank")
-        if rank is not None and not isinstance(
-            self._global_failure, CheckpointNotFoundError | None
-        ):
-            # torch asks for a rank's own metadata after any failure to read the global one, and
-            # would report only that there is none.
-            raise self._global_failure
         if rank is None:
-            self._tally = Tally()  # a load begins
+            self.recording = self._new_recording()  # a load begins
         try:
-            metadata = self._read_metadata(self._metadata_uri(rank))
+            metadata = self._read_metadata(rank)
         except Exception as exc:
+            self.recording.lap("metadata")
             if rank is None:
                 self._global_failure = exc
+            else:
+                self.recording.end(exc)
             raise
+        self.recording.lap("metadata")
         self._global_failure = None
         return metadata
 
@@ -150,6 +156,7 @@ class S3StorageReader(FileSystemReader):
         """Take note of the metadata that the plan will be made from."""
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
         self._metadata = metadata
+        self.recording.of(str(self.path), self.rank, is_coordinator=is_coordinator)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Sort the plan by where its items lie, and tell a DCP reader constructor the ranges."""
@@ -177,10 +184,12 @@ class S3StorageReader(FileSystemReader):
             plan.storage_data for plan in plans if isinstance(plan.storage_data, LoadIdentity)
         }
         if len(identities) > 1:
-            raise CheckpointChangedError(
+            changed = CheckpointChangedError(
                 f"The checkpoint at {self.path} was replaced while ranks were reading its "
                 "metadata: load it again"
             )
+            self.recording.end(changed)
+            raise changed
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -191,15 +200,11 @@ class S3StorageReader(FileSystemReader):
             IntegrityError: stored bytes differ from those that were saved.
             S3Exception: as the store. The targets' contents are then undefined.
         """
-        base = parse_s3_uri(self.path)
-        try:
-            if isinstance(self._reader_constructor, DCPOptimizedConstructor):
-                self._read_ranges(plan, planner, base, self._reader_constructor.max_gap_size)
-            else:
-                self._check_names(plan, base)
-                super().read_data(plan, planner)
-        except (ObjectNotFoundError, CheckpointChangedError) as exc:
-            raise self._explained(exc) from exc
+        self.recording.lap("plan")
+        with self.recording.during("read"):
+            self._read(plan, planner)
+            self.recording.meter.finish()
+        self.recording.end()
         done: Future[None] = Future()
         done.set_result(None)
         return done
@@ -209,8 +214,23 @@ class S3StorageReader(FileSystemReader):
         """Return whether this is the URI of a place in S3."""
         return S3FileSystem.validate_checkpoint_id(checkpoint_id)
 
+    def _new_recording(self) -> Recording:
+        return Recording("load", str(self.path), self._audience)
+
+    def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+        base = parse_s3_uri(self.path)
+        try:
+            if isinstance(self._reader_constructor, DCPOptimizedConstructor):
+                self._read_ranges(plan, planner, base, self._reader_constructor.max_gap_size)
+            else:
+                self._read_files(plan, planner, base)
+        except (ObjectNotFoundError, CheckpointChangedError) as exc:
+            raise self._explained(exc) from exc
+
     def _slice_file(self, file: IO[bytes], sinfo: _StorageInfo) -> IO[bytes]:
         """Return an item's stream for the readers that go file by file, verified if it can be."""
+        self.recording.meter.advance(self._slicing_bytes)  # of the item before, which is done
+        self._slicing_bytes = sinfo.length
         item: IO[bytes] = super()._slice_file(file, sinfo)
         crcs = crcs_of(sinfo)
         if crcs is None:
@@ -220,11 +240,17 @@ class S3StorageReader(FileSystemReader):
             raise self._damaged(sinfo)
         return io.BytesIO(data)
 
-    def _check_names(self, plan: LoadPlan, base: S3Uri) -> None:
-        """Refuse names outside of the checkpoint before a file is opened."""
+    def _read_files(self, plan: LoadPlan, planner: LoadPlanner, base: S3Uri) -> None:
         source = str(self._metadata_uri(None))
-        for name in {self.storage_data[item.storage_index].relative_path for item in plan.items}:
+        places = [self.storage_data[item.storage_index] for item in plan.items]
+        # Names outside of the checkpoint are refused before a file is opened.
+        for name in {place.relative_path for place in places}:
             child_key(base.key, name, source=source)
+        meter, self.fs.tally = self.recording.meter, self.recording.tally
+        self._slicing_bytes = 0
+        meter.expect(sum(place.length for place in places))
+        super().read_data(plan, planner)
+        meter.advance(self._slicing_bytes)
 
     def _damaged(self, sinfo: _StorageInfo) -> IntegrityError:
         # torch does not say whose item it asks for.
@@ -236,7 +262,7 @@ class S3StorageReader(FileSystemReader):
     def _read_ranges(
         self, plan: LoadPlan, planner: LoadPlanner, base: S3Uri, max_gap_bytes: float
     ) -> None:
-        portal, channel = self.fs.client.connect(self._tally)
+        portal, channel = self.fs.client.connect(self.recording.tally)
         LoadedItems(
             portal,
             channel,
@@ -244,11 +270,18 @@ class S3StorageReader(FileSystemReader):
             planner,
             self.transforms,
             max_gap_bytes=max_gap_bytes,
+            meter=self.recording.meter,
         ).read(plan.items, cast("Metadata", self._metadata), base)
-        _log.info("read %d items from %s: %s", len(plan.items), self.path, self.totals)
 
-    def _read_metadata(self, uri: S3Uri) -> Metadata:
-        portal, channel = self.fs.client.connect(self._tally)
+    def _read_metadata(self, rank: int | None) -> Metadata:
+        if rank is not None and not isinstance(
+            self._global_failure, CheckpointNotFoundError | None
+        ):
+            # torch asks for a rank's own metadata after any failure to read the global one, and
+            # would report only that there is none.
+            raise self._global_failure
+        uri = self._metadata_uri(rank)
+        portal, channel = self.fs.client.connect(self.recording.tally)
         found = portal.call(read, channel, uri)
         if found is None:
             raise CheckpointNotFoundError(

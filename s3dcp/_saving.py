@@ -28,12 +28,15 @@ from s3dcp._framing import Frame, encode, frame_for, frame_of, memory_of, storag
 from s3dcp._keys import S3Uri
 from s3dcp._metadata import ItemCrcs, annotate
 from s3dcp._portal import Calls, Portal
+from s3dcp._progress import Meter
 from s3dcp._publish import delete_quietly
 from s3dcp._ranges import Fragment, PartCutter, block_bytes, cut, upload_part_bytes
 from s3dcp._staging import Buffer, Memory, bytes_of, is_host, wait_for_copies
 from s3dcp._torch_internals import _item_size, _StorageInfo, _StorageWriterTransforms
 from s3dcp._uploads import Upload
 
+# What torch.save puts around a tensor, roughly.
+_FRAME_BYTES = 1200
 # Copying less than this is quicker than a view, a checksum and a write for each of its pieces.
 _COPIED_BYTES = 256 << 10
 # So much memory is filled with small items before it is sent.
@@ -122,6 +125,7 @@ class _File:
     """An object being written.
 
     Attributes:
+        expected_bytes: Roughly its size.
         items: Those that are sent from where they lie.
         run: Small items that wait for more to follow them.
         copied: What DCP records of small items.
@@ -132,6 +136,7 @@ class _File:
     name: str
     upload: Upload
     cutter: PartCutter[_Piece]
+    expected_bytes: int
     items: list[_Item] = field(default_factory=list)
     run: _Run | None = None
     copied: list[WriteResult] = field(default_factory=list)
@@ -148,6 +153,7 @@ class SavedItems:
         config: Its settings.
         planner: Resolves items, on the caller's thread.
         transforms: The writer's stream extensions.
+        meter: Is told of the bytes that are sent.
     """
 
     def __init__(
@@ -157,6 +163,7 @@ class SavedItems:
         config: S3ClientConfig,
         planner: SavePlanner,
         transforms: _StorageWriterTransforms,
+        meter: Meter | None = None,
     ) -> None:
         self._portal = portal
         self._calls = Calls(portal)
@@ -164,6 +171,7 @@ class SavedItems:
         self._config = config
         self._planner = planner
         self._transforms = transforms
+        self._meter = meter or Meter()
         self._budget_bytes = config.memory_bytes()
         self._pause = CollectorPause()
         self._memory = Memory(self._budget_bytes, self._settle, self._pause)
@@ -185,6 +193,7 @@ class SavedItems:
             with self._pause, self._memory:
                 for uri, name, items in files:
                     self._open(uri, name, items)
+                self._meter.expect(sum(file.expected_bytes for file in self._files))
                 for file, (_, _, items) in zip(self._files, files, strict=True):
                     for item in items:
                         self._add(file, item)
@@ -202,7 +211,7 @@ class SavedItems:
             raise IncompleteSaveError(f"{len(results)} of {expected} items were written")
         return results
 
-    def _open(self, uri: S3Uri, name: str, items: Iterable[WriteItem]) -> None:
+    def _open(self, uri: S3Uri, name: str, items: Sequence[WriteItem]) -> None:
         # All sizes are chosen, and refused, before the first byte is sent.
         estimate = sum(_item_size(item) for item in items if item.tensor_data is not None)
         # A full part and the one being filled may both be copies.
@@ -212,7 +221,8 @@ class SavedItems:
             self._channel.slots.count,
             most_bytes=self._budget_bytes // 2,
         )
-        self._files.append(_File(name, Upload(self._channel, uri), PartCutter(size)))
+        expected = estimate + _FRAME_BYTES * len(items)
+        self._files.append(_File(name, Upload(self._channel, uri), PartCutter(size), expected))
 
     def _add(self, file: _File, write_item: WriteItem) -> None:
         data = self._planner.resolve_data(write_item)
@@ -373,6 +383,7 @@ class SavedItems:
         elif rest:
             file.held = rest
             self._send_held(file)
+        self._meter.expect(file.cutter.position - file.expected_bytes)
 
     def _submit(self, part: list[Fragment[_Piece]], future: Call[list[int]]) -> None:
         self._sending[future] = part
@@ -384,7 +395,9 @@ class SavedItems:
             return False
         future = self._pause.next_of(self._sent)
         part = self._sending.pop(future)
-        for fragment, crc in zip(part, future.result(), strict=True):
+        crcs = future.result()
+        self._meter.advance(sum(fragment.view.nbytes for fragment in part))
+        for fragment, crc in zip(part, crcs, strict=True):
             piece = fragment.owner
             piece.sums.append((fragment.start, crc, fragment.view.nbytes))
             if (charge := piece.charge) is not None:

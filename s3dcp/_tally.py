@@ -70,7 +70,7 @@ class OperationTotals:
         return ", ".join(
             [
                 f"requests {self.requests}",
-                _shown_bytes(self.size_bytes),
+                shown_bytes(self.size_bytes),
                 f"p50 {self.quantile_s(0.5):.3g} s",
                 f"p99 {self.quantile_s(0.99):.3g} s",
                 *(f"{name.replace('_', ' ')} {count}" for name, count in troubles if count),
@@ -178,7 +178,7 @@ class Tally:
         return counts
 
 
-def _shown_bytes(size_bytes: int) -> str:
+def shown_bytes(size_bytes: int) -> str:
     for unit, name in _UNITS:
         if size_bytes >= unit:
             return f"{size_bytes / unit:.1f} {name}"

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from s3dcp._commit import data_name, deletions, metadata_name
+from s3dcp._commit import Found, data_name, deletions, metadata_name
 from s3dcp._config import S3ClientConfig
 from s3dcp._errors import (
     CorruptMetadataError,
@@ -31,9 +31,12 @@ from s3dcp._filesystem import S3FileSystem
 from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
 from s3dcp._metadata import dump_metadata, load_metadata
 from s3dcp._prefixes import DefaultPrefixStrategy, S3PrefixStrategyBase
-from s3dcp._publish import already_exists, delete_quietly, publish
+from s3dcp._progress import ProgressCallback
+from s3dcp._publish import already_exists, delete_quietly, exists, publish
+from s3dcp._recording import Audience, Recording, ReportCallback
+from s3dcp._report import Report
 from s3dcp._saving import SavedItems
-from s3dcp._tally import Tally, Totals
+from s3dcp._tally import Totals
 from s3dcp._torch_internals import CURRENT_DCP_VERSION, _split_by_size_and_type, _StorageInfo
 
 _log = logging.getLogger("s3dcp.writer")
@@ -60,6 +63,10 @@ class S3StorageWriter(FileSystemWriter):
         prefix_strategy: Spreads the data objects over key prefixes; by default they are all under
             `path`, as `__{rank}_...`.
         thread_count: Objects that a rank writes, at once.
+        progress: True for a bar, on rank 0; or a callback, on every rank.
+        on_report: Is given every save's report, on every rank, when the rank's part has ended,
+            well or not; on those that do not commit, that is before the commit. Called on the
+            thread that saves; what it raises is logged.
         **kwargs: For torch's `FileSystemWriter`: `overwrite`, `single_file_per_rank`,
             `cache_staged_state_dict`, `_extensions` and so on.
 
@@ -74,6 +81,9 @@ class S3StorageWriter(FileSystemWriter):
         s3client_config: S3ClientConfig | None = None,
         prefix_strategy: S3PrefixStrategyBase | None = None,
         thread_count: int = 1,
+        *,
+        progress: bool | ProgressCallback = False,
+        on_report: ReportCallback | None = None,
         **kwargs: Any,
     ) -> None:
         if kwargs.get("serialization_format") is SerializationFormat.SAFETENSORS:
@@ -92,30 +102,40 @@ class S3StorageWriter(FileSystemWriter):
         self.path = path
         self.prefix_strategy = prefix_strategy or DefaultPrefixStrategy()
         self._is_coordinator = True
-        self._tally = Tally()
+        self._audience = Audience(progress, on_report)
+        self._staged: Recording | None = None
+        self.recording = self._new_recording()
+
+    @property
+    def report(self) -> Report:
+        """What this rank did in the last save, or has done so far."""
+        return self.recording.report()
 
     @property
     def totals(self) -> Totals:
         """This rank's requests in the last save: how many, how long, and what went wrong."""
-        return self._tally.totals()
+        return self.recording.tally.totals()
 
     def __getstate__(self) -> dict[str, Any]:
         # A process-based `async_save` pickles the writer for every save; what it has staged is
         # sent by itself.
-        return self.__dict__ | {"state_dict_cache": None, "_tally": Tally()}
+        return self.__dict__ | {"state_dict_cache": None}
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Take note of this rank's part in the save."""
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
         self._is_coordinator = is_coordinator
-        self._tally = Tally()
+        self.recording, self._staged = self._staged or self._new_recording(), None
+        self.recording.of(str(self.path), self.rank, is_coordinator=is_coordinator)
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Copy the state dict to the CPU for an asynchronous save."""
         # The thread that will save may run while the interpreter exits, when no thread can be
         # started any more: the portal's are started now.
         self.fs.client.connect()
-        return super().stage(state_dict)
+        self._staged = self._new_recording()  # an earlier save may not have ended
+        with self._staged.during("stage"):
+            return super().stage(state_dict)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Look whether there is a checkpoint already, before anything is written.
@@ -124,14 +144,18 @@ class S3StorageWriter(FileSystemWriter):
             CheckpointExistsError: there is one, and `overwrite=False`.
             S3Exception: the bucket cannot be used.
         """
+        with self.recording.during("plan"):
+            return self._prepared(plan)
+
+    def _prepared(self, plan: SavePlan) -> SavePlan:
         alone = not self.use_collectives
         if self._is_coordinator or alone:
             uri = self._metadata_uri()
-            if self.fs.exists(str(uri)):
+            if self._exists(uri):
                 if not self.overwrite:
                     raise already_exists(uri)
                 _log.info("replacing the checkpoint at %s", self.path)
-            if alone and self.fs.exists(self.fs.concat_path(self.path, metadata_name())):
+            if alone and self._exists(self._metadata_uri(alone=False)):
                 _log.warning(
                     "%s holds a checkpoint that was saved with collectives, which loads will find "
                     "instead of this one: save to another path",
@@ -158,6 +182,17 @@ class S3StorageWriter(FileSystemWriter):
         Raises:
             S3Exception: one could not be written. Nothing of this plan is left behind.
         """
+        self.recording.lap("plan")
+        with self.recording.during("write"):
+            saved = self._write(plan, planner)
+            self.recording.meter.finish()
+        if self.use_collectives and not self._is_coordinator:
+            self.recording.end()  # others commit
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(saved)
+        return future
+
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         base = parse_s3_uri(self.path)
         # Minted here for every save: with plan caching the plan, and with it all else that could
         # tell saves apart, may be an earlier save's.
@@ -167,19 +202,15 @@ class S3StorageWriter(FileSystemWriter):
             name = data_name(plan.storage_data.prefix, number, token)
             key = child_key(base.key, name, source="the prefix strategy")
             files.append((S3Uri(base.bucket, key), name, items))
-        portal, channel = self.fs.client.connect(self._tally)
-        config = self.fs.client.s3client_config
-        saved = SavedItems(portal, channel, config, planner, self.transforms).write(files)
-        _log.info("wrote %d items to %s: %s", len(saved), self.path, self.totals)
+        portal, channel = self.fs.client.connect(self.recording.tally)
+        config, meter = self.fs.client.s3client_config, self.recording.meter
+        saved = SavedItems(portal, channel, config, planner, self.transforms, meter).write(files)
         # Objects without items are named as well: what is not named outlives its checkpoint.
-        saved += [
+        return saved + [
             WriteResult(MetadataIndex(name), 0, _StorageInfo(name, 0, 0))
             for _, name, items in files
             if not items
         ]
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(saved)
-        return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit the checkpoint: publish its `.metadata`.
@@ -190,35 +221,47 @@ class S3StorageWriter(FileSystemWriter):
             CommitConflictError: another writer committed while our outcome was unknown.
             S3Exception: the store failed; nothing was published.
         """
+        self.recording.lap("wait")
+        with self.recording.during("commit"):
+            replaced = self._commit(metadata, results)
+        if replaced is not None:
+            with self.recording.during("clean_up"):
+                self._delete_replaced(replaced.body, metadata, self._metadata_uri())
+        self.recording.end()
+
+    def _commit(self, metadata: Metadata, results: list[list[WriteResult]]) -> Found | None:
         metadata.version = CURRENT_DCP_VERSION
         metadata.storage_data = {
             result.index: result.storage_data for rank in results for result in rank
         }
         metadata.storage_meta = self.storage_meta()
         _check_complete(metadata)
-        uri = self._metadata_uri()
-        portal, channel = self.fs.client.connect(self._tally)
-        replaced = portal.call(
+        portal, channel = self.fs.client.connect(self.recording.tally)
+        return portal.call(
             publish,
             channel,
-            uri,
+            self._metadata_uri(),
             dump_metadata(metadata),
             overwrite=self.overwrite,
             objects=self._uris({info.relative_path for info in metadata.storage_data.values()}),
         )
-        if replaced is not None:
-            self._delete_replaced(replaced.body, metadata, uri)
-        _log.info("committed %s: %s", uri, self.totals)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Return whether this is the URI of a place in S3."""
         return S3FileSystem.validate_checkpoint_id(checkpoint_id)
 
-    def _metadata_uri(self) -> S3Uri:
+    def _new_recording(self) -> Recording:
+        return Recording("save", str(self.path), self._audience)
+
+    def _metadata_uri(self, *, alone: bool = True) -> S3Uri:
         base = parse_s3_uri(self.path)
-        rank = None if self.use_collectives else self.rank
+        rank = self.rank if alone and not self.use_collectives else None
         return S3Uri(base.bucket, join(base.key, metadata_name(rank)))
+
+    def _exists(self, uri: S3Uri) -> bool:
+        portal, channel = self.fs.client.connect(self.recording.tally)
+        return portal.call(exists, channel, uri)
 
     def _buckets(self, plan: SavePlan) -> list[list[WriteItem]]:
         # As in stock checkpoints, what is no tensor lies in front of what is.
@@ -238,7 +281,7 @@ class S3StorageWriter(FileSystemWriter):
         except (CorruptMetadataError, InvalidS3UriError) as exc:
             _log.warning("objects of the checkpoint that was replaced are left in place: %s", exc)
             return
-        portal, channel = self.fs.client.connect(self._tally)
+        portal, channel = self.fs.client.connect(self.recording.tally)
         portal.call(delete_quietly, channel, uris)
 
     def _uris(self, names: Iterable[str]) -> list[S3Uri]:

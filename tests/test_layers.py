@@ -22,6 +22,7 @@ ROWS = {
     "transport": ["_receive", "_sockets", "_payload", "_failures", "_client"],
     "tensors": ["_torch_internals", "_metadata", "_framing", "_layouts", "_staging"],
     "facade": [
+        *("_report", "_progress", "_telemetry", "_recording"),
         *("_s3client", "_prefixes", "_streams", "_readers", "_ranged_reader", "_dcp_reader"),
         *("_constructors", "_transfers", "_filesystem", "_landing", "_saving", "_loading"),
         *("_writer", "_reader", "_planner", "_checkpoint", "_survey", "_catalog", "_verifying"),
@@ -40,7 +41,8 @@ RESERVED = {
     "botocore": {"transport"},
     "torch": {"tensors", "facade"},
     "click": {"cli"},
-    "tqdm": {"cli"},
+    "tqdm": {"facade", "cli"},
+    "opentelemetry": {"facade"},
 }
 
 PRESENT = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

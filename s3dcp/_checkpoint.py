@@ -201,7 +201,8 @@ def async_save(
         thread_count: Objects that a rank writes, at once.
         overwrite: Whether a checkpoint that is there may be replaced.
         progress: As in `S3StorageWriter`: True for a bar, or a callback.
-        on_report: As in `S3StorageWriter`: is given this rank's report.
+        on_report: As in `S3StorageWriter`: is given this rank's report. Both callbacks are called
+            where the save goes on: on its thread, or in its process, to which they are pickled.
 
     Returns:
         As `dcp.async_save`: a future of the metadata, or two futures where an `async_stager` stages

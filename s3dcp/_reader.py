@@ -156,7 +156,7 @@ class S3StorageReader(FileSystemReader):
         """Take note of the metadata that the plan will be made from."""
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
         self._metadata = metadata
-        self.recording.of(str(self.path), self.rank, is_coordinator=is_coordinator)
+        self.recording.identify(str(self.path), self.rank, is_coordinator=is_coordinator)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Sort the plan by where its items lie, and tell a DCP reader constructor the ranges."""

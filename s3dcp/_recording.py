@@ -77,7 +77,7 @@ class Recording:
         # What has been done here is not another process's business.
         return type(self), (self._operation, self._uri, self._audience)
 
-    def of(self, uri: str, rank: int | None, *, is_coordinator: bool) -> None:
+    def identify(self, uri: str, rank: int | None, *, is_coordinator: bool) -> None:
         """Take note of what is saved or loaded, and of who does it, as soon as that is known."""
         self._uri, self._rank = uri, rank or 0
         progress = self._audience.progress

@@ -119,14 +119,16 @@ class S3StorageWriter(FileSystemWriter):
     def __getstate__(self) -> dict[str, Any]:
         # A process-based `async_save` pickles the writer for every save; what it has staged is
         # sent by itself.
-        return self.__dict__ | {"state_dict_cache": None}
+        state = self.__dict__ | {"state_dict_cache": None}
+        self._staged = None  # that save goes on over there
+        return state
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Take note of this rank's part in the save."""
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
         self._is_coordinator = is_coordinator
         self.recording, self._staged = self._staged or self._new_recording(), None
-        self.recording.of(str(self.path), self.rank, is_coordinator=is_coordinator)
+        self.recording.identify(str(self.path), self.rank, is_coordinator=is_coordinator)
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Copy the state dict to the CPU for an asynchronous save."""

@@ -228,6 +228,20 @@ class TestOfDcp:
         assert (again.report.phases, again.report.requests) == ({}, 0)
         assert again.report.uri == URI
 
+    def test_callbacks_go_along_to_another_process(self) -> None:
+        for cls in (S3StorageWriter, S3StorageReader):
+            again = pickle.loads(pickle.dumps(cls(None, URI, progress=print, on_report=repr)))
+            assert again._audience == Audience(print, repr)
+
+    def test_what_was_staged_for_another_process_is_not_of_the_next_save(
+        self, fake: FakeS3
+    ) -> None:
+        writer = S3StorageWriter(None, URI, CONFIG)
+        writer.stage(state())
+        pickle.dumps(writer)
+        dcp.save(state(), storage_writer=writer, no_dist=True)
+        assert list(writer.report.phases) == SAVED
+
     def test_an_async_save_begins_with_staging(self, fake: FakeS3) -> None:
         writer = S3StorageWriter(None, URI, CONFIG)
         future: Any = dcp.async_save(state(), storage_writer=writer, no_dist=True)

@@ -247,11 +247,15 @@ class TestCallback:
         told.check(stored_bytes(fake))
         assert threading.current_thread() not in told.threads
 
-    def test_of_nothing(self, fake: FakeS3) -> None:
+    @pytest.mark.parametrize("kept", [{}, {"w": torch.ones(7)}], ids=["nothing", "a little"])
+    def test_of_little(self, fake: FakeS3, kept: StateDict) -> None:
         told = Told()
-        s3dcp.save({}, URI, progress=told)
-        s3dcp.load({}, URI, progress=told)
-        told.check(0)
+        s3dcp.save(kept, URI, progress=told)
+        told.check(stored_bytes(fake))
+        assert told[0][1] >= told[-1][1]  # it was estimated too high, and corrected
+        told = Told()
+        s3dcp.load(blank(kept), URI, progress=told)
+        told.check(stored_bytes(fake))
 
     def test_a_save_that_fails_does_not_come_to_its_end(self, fake: FakeS3) -> None:
         fake.inject(slow_down(), operation="UploadPart", times=None)

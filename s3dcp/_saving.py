@@ -32,11 +32,11 @@ from s3dcp._progress import Meter
 from s3dcp._publish import delete_quietly
 from s3dcp._ranges import Fragment, PartCutter, block_bytes, cut, upload_part_bytes
 from s3dcp._staging import Buffer, Memory, bytes_of, is_host, wait_for_copies
-from s3dcp._torch_internals import _item_size, _StorageInfo, _StorageWriterTransforms
+from s3dcp._torch_internals import _StorageInfo, _StorageWriterTransforms
 from s3dcp._uploads import Upload
 
 # What torch.save puts around a tensor, roughly.
-_FRAME_BYTES = 1200
+_FRAME_BYTES = 1550
 # Copying less than this is quicker than a view, a checksum and a write for each of its pieces.
 _COPIED_BYTES = 256 << 10
 # So much memory is filled with small items before it is sent.
@@ -213,7 +213,7 @@ class SavedItems:
 
     def _open(self, uri: S3Uri, name: str, items: Sequence[WriteItem]) -> None:
         # All sizes are chosen, and refused, before the first byte is sent.
-        estimate = sum(_item_size(item) for item in items if item.tensor_data is not None)
+        estimate = sum(map(_tensor_bytes, items))
         # A full part and the one being filled may both be copies.
         size = upload_part_bytes(
             estimate,
@@ -441,6 +441,12 @@ def _block(tensor: torch.Tensor, frame: Frame) -> int | None:
     plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
     rows = tensor.shape[0] if tensor.ndim and plain else 0
     return block_bytes(frame.data_bytes, frame.data_bytes // rows if rows else 0)
+
+
+def _tensor_bytes(item: WriteItem) -> int:
+    """Return the size of an item's tensor, or of the shard of it that the item is."""
+    data = item.tensor_data
+    return 0 if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
 
 
 def _views(part: Iterable[Fragment[_Piece]]) -> list[memoryview]:

@@ -16,7 +16,6 @@ from torch.distributed._shard.sharded_tensor.metadata import (
 from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.filesystem import (
     CURRENT_DCP_VERSION,
-    _item_size,
     _split_by_size_and_type,
     _StorageInfo,
     _StorageReaderTransforms,
@@ -32,7 +31,6 @@ __all__ = [
     "_StorageInfo",
     "_StorageReaderTransforms",
     "_StorageWriterTransforms",
-    "_item_size",
     "_split_by_size_and_type",
     "is_zero_tensor",
     "narrow_tensor_by_index",

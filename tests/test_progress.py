@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import logging
 import os
@@ -19,6 +20,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import _StorageWriterTransforms
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -31,10 +34,14 @@ from s3dcp import (
     S3StorageWriter,
     ThrottledError,
 )
+from s3dcp._keys import S3Uri
+from s3dcp._portal import portal
 from s3dcp._progress import Bar, Meter
+from s3dcp._saving import SavedItems
 from s3dcp.testing import Cut, FakeS3, slow_down
 from tests._fakes import BUCKET, addressed, uri_of
 from tests._states import MiB, StateDict, assert_same, blank, fill
+from tests._stores import MemoryStore, channel_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -252,10 +259,29 @@ class TestCallback:
         told = Told()
         s3dcp.save(kept, URI, progress=told)
         told.check(stored_bytes(fake))
-        assert told[0][1] >= told[-1][1]  # it was estimated too high, and corrected
         told = Told()
         s3dcp.load(blank(kept), URI, progress=told)
         told.check(stored_bytes(fake))
+
+    def test_of_a_shard(self) -> None:
+        """Neither its estimate nor its parts are those of the tensor that it is a shard of."""
+        planner = DefaultSavePlanner()
+        planner.set_up_planner({"w": fill((10 * MiB,), seed=1)}, is_coordinator=True)
+        [item] = planner.create_local_plan().items
+        assert item.tensor_data is not None
+        whole = dataclasses.replace(item.tensor_data, size=torch.Size([1 << 40]))
+        shard = dataclasses.replace(item, tensor_data=whole)
+        store, meter, told = MemoryStore(), Meter(), Told()
+        meter.show(told)
+        SavedItems(
+            portal(), channel_of(store), CONFIG, planner, _StorageWriterTransforms(), meter
+        ).write([(S3Uri(BUCKET, "run/0"), "0", [shard])])
+        meter.finish()
+
+        [(body, _)] = store.objects.values()
+        told.check(len(body))
+        assert abs(told[0][1] - len(body)) < 100
+        assert [name for name, _ in store.requests].count("upload_part") == 5
 
     def test_a_save_that_fails_does_not_come_to_its_end(self, fake: FakeS3) -> None:
         fake.inject(slow_down(), operation="UploadPart", times=None)

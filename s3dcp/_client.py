@@ -13,6 +13,7 @@ import functools
 import logging
 import re
 from collections.abc import AsyncIterator, Sequence
+from datetime import datetime
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -22,6 +23,8 @@ from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession
 from botocore import UNSIGNED
 from botocore.loaders import create_loader
+from botocore.parsers import ResponseParserError
+from botocore.utils import parse_timestamp
 
 from s3dcp._checksums import encoded
 from s3dcp._config import ChecksumName, S3ClientConfig
@@ -322,7 +325,15 @@ class S3Store:
         try:
             with mapped(operation, uri):
                 # aiohttp writes nothing for a payload of no bytes, and botocore wants a body.
-                return await self._call(method, uri, Body=payload if len(payload) else b"", **args)
+                answer = await self._call(
+                    method, uri, Body=payload if len(payload) else b"", **args
+                )
+                if payload.unsent_bytes:
+                    raise S3ProtocolError(
+                        f"The store answered {answer['ResponseMetadata']['HTTPStatusCode']} when "
+                        f"{payload.unsent_bytes} of {len(payload)} bytes were not sent yet"
+                    )
+                return answer
         except S3Exception as exc:
             if not payload.stalled:
                 raise
@@ -360,6 +371,8 @@ class S3Store:
         session = AioSession(profile=config.profile)
         loader = _loader(session.get_config_variable("data_path"))
         session.register_component("data_loader", loader)
+        parsers = session.get_component("response_parser_factory")
+        parsers.set_parser_defaults(timestamp_parser=_moment)
         # Parsing botocore's models takes 0.1 s, which the loop must not spend.
         await offload(_preload, loader)
         s3 = {"payload_signing_enabled": False}
@@ -424,6 +437,15 @@ def _preload(loader: Any) -> None:
         loader.load_service_model("s3", name)
     for data in ("endpoints", "partitions", "sdk-default-configuration"):
         loader.load_data(data)
+
+
+def _moment(text: object) -> datetime:
+    """Parse a time in an answer. botocore's own errors would be taken for a setting's."""
+    try:
+        moment: datetime = parse_timestamp(text)
+    except (RuntimeError, ValueError) as exc:
+        raise ResponseParserError(str(exc)) from exc
+    return moment
 
 
 def _drop_expect(request: Any, **_: object) -> None:

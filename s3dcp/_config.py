@@ -55,9 +55,12 @@ class S3ClientConfig:
         connect_timeout_s: Seconds to wait for a connection.
         read_timeout_s: Seconds without progress after which a peer is given up.
         retry_timeout_s: Seconds from a request's first attempt on after which it is not tried
-            again, whatever `max_attempts` allows. The default, 5 minutes, outlasts a store's
-            short outage, and ends before the other ranks' collectives time out (10 minutes with
-            NCCL), so that the error is S3's.
+            again, whatever `max_attempts` allows. Against a store that makes no progress it fails
+            `retry_timeout_s + connect_timeout_s + read_timeout_s` after its first attempt began,
+            at the latest, however many requests wait; and with it the save or load, which then
+            takes 10 s at the most to tidy up. The default, 5 minutes, outlasts a store's short
+            outage, and ends before the other ranks' collectives time out (10 minutes with NCCL),
+            so that the error is S3's.
         max_connections: Connections of this process. Default: from `throughput_target_gbps`.
         memory_budget_bytes: Bytes of host memory that all saves and loads of this process may hold
             in buffers, beyond the tensors; a single item that is larger passes alone. Default: a

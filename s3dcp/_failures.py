@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import ssl
 from collections.abc import Iterator
@@ -107,8 +108,14 @@ def map_error(exc: Exception, operation: str, uri: S3Uri) -> S3Exception:
     """Return the typed error for what a library raised during a request."""
     if isinstance(exc, boto.ClientError):
         return _map_answer(exc, operation, uri)
-    kind, hint = _kind_of(exc)
-    cause = str(exc) or type(exc).__name__
+    kind: type[S3Exception]
+    lost = getattr(exc, "kwargs", {}).get("error")
+    if type(lost) is aiohttp.ClientOSError and lost.errno:
+        # In the middle of a request; botocore says that it could not connect.
+        kind, hint, cause = errors.S3ConnectionError, "", os.strerror(lost.errno)
+    else:
+        kind, hint = _kind_of(exc)
+        cause = str(exc) or type(exc).__name__
     failure = kind(
         _sentence(f"{operation} {uri} failed", cause, hint),
         operation=operation,

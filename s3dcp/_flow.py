@@ -2,7 +2,8 @@
 
 Retrying is done here and nowhere else: botocore is told to try once. Every attempt is a new
 request with a signature of its own. It needs a slot, and a turn of its prefix where that has been
-throttled; it holds no slot while it waits for a turn, so that no prefix holds up another.
+throttled; it holds no slot while it waits for a turn, so that no prefix holds up another. What is
+tried again goes before what has not been tried: it has a deadline, which is the store's to use up.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TypeVar
 from s3dcp._config import ChecksumName
 from s3dcp._errors import S3Exception, ThrottledError
 from s3dcp._keys import S3Uri
-from s3dcp._pacing import Answer, Lanes, Prefix, Turn, prefix_of
+from s3dcp._pacing import Answer, Lanes, Prefix, Queue, Turn, prefix_of
 from s3dcp._store import Store
 from s3dcp._tally import Tally
 
@@ -41,9 +42,9 @@ class RetryPolicy:
 
     Args:
         max_attempts: Tries of one request, the first included.
-        timeout_s: Seconds from the first try's start on after which there is no other. A try that
-            is under way then goes on: while bytes move it is not failing, and once they do not,
-            the read timeout ends it.
+        timeout_s: Seconds from the first try's start on after which there is no other, waiting
+            included. A try that is under way then goes on: while bytes move it is not failing,
+            and once they do not, the read timeout ends it.
         jitter: A number in [0, 1); injected by tests.
         sleep: Waits for seconds; injected by tests.
         clock: Seconds; injected by tests.
@@ -95,15 +96,31 @@ class Slots:
 
     def __init__(self, count: int) -> None:
         self.count = count
-        self._semaphore = asyncio.Semaphore(count)
+        self._free = count
+        self._waiting: Queue[asyncio.Future[None]] = Queue()
 
-    async def acquire(self) -> None:
-        """Wait for a slot, first come, first served."""
-        await self._semaphore.acquire()
+    async def acquire(self, *, retry: bool = False) -> None:
+        """Wait for a slot: first come, first served, but for retries, which go first."""
+        if self._free:
+            self._free -= 1
+            return
+        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.put(waiter, retry=retry)
+        try:
+            await waiter
+        except BaseException:
+            if waiter.done() and not waiter.cancelled():
+                self.release()  # it came, too late
+            raise
 
     def release(self) -> None:
         """Give a slot to the next."""
-        self._semaphore.release()
+        while self._waiting:
+            waiter = self._waiting.pop()
+            if not waiter.done():  # cancelled
+                waiter.set_result(None)
+                return
+        self._free += 1
 
 
 class Pacer:
@@ -118,20 +135,21 @@ class Pacer:
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.lanes: Lanes[asyncio.Future[Turn]] = Lanes(clock)
 
-    async def enter(self, uri: S3Uri, slots: Slots) -> Turn:
+    async def enter(self, uri: S3Uri, slots: Slots, *, retry: bool = False) -> Turn:
         """Wait until a request may start, and return what `leave` wants back.
 
-        Those that wait for their prefix hold no slot. Within a prefix they go in order.
+        Those that wait for their prefix hold no slot. Within a prefix they go in order, retries
+        first.
         """
-        await slots.acquire()
+        await slots.acquire(retry=retry)
         prefix = prefix_of(uri)
         turn = self.lanes.enter(prefix)
         if turn is not None:
             return turn
         slots.release()  # at once, to whoever is next: no prefix holds up another
-        turn = await self._wait(prefix)
+        turn = await self._wait(prefix, retry=retry)
         try:
-            await slots.acquire()
+            await slots.acquire(retry=retry)
         except BaseException:
             self._give_back(turn, Answer.NOTHING)
             raise
@@ -145,9 +163,9 @@ class Pacer:
             lane = turn.lane
             _log.debug("s3://%s/%s: at most %.1f requests at once", *lane.prefix, lane.limit)
 
-    async def _wait(self, prefix: Prefix) -> Turn:
+    async def _wait(self, prefix: Prefix, *, retry: bool) -> Turn:
         waiter: asyncio.Future[Turn] = asyncio.get_running_loop().create_future()
-        self.lanes.wait(prefix, waiter)
+        self.lanes.wait(prefix, waiter, retry=retry)
         try:
             return await waiter
         except BaseException:
@@ -232,12 +250,13 @@ class Channel:
                     raise
                 _log.debug("%s %s failed, again in %.2f s: %s", operation, uri, delay_s, exc)
                 await retry.sleep(delay_s)
-                turn = await self.pacer.enter(uri, self.slots)
-                elapsed_s = retry.clock() - started_s
-                if elapsed_s > retry.timeout_s:  # others of its prefix went first
-                    self.pacer.leave(turn, self.slots, Answer.NOTHING)
-                    _give_up(exc, failures, elapsed_s)
-                    raise
+                left_s = started_s + retry.timeout_s - retry.clock()
+                try:
+                    async with asyncio.timeout(left_s):
+                        turn = await self.pacer.enter(uri, self.slots, retry=True)
+                except TimeoutError:  # others that were tried again went first
+                    _give_up(exc, failures, retry.clock() - started_s)
+                    raise exc from exc.__cause__
 
     async def attempt(
         self,
@@ -252,7 +271,7 @@ class Channel:
 
         For those who decide for themselves what follows a failure.
         """
-        turn = await self.pacer.enter(uri, self.slots)
+        turn = await self.pacer.enter(uri, self.slots, retry=retry)
         return await self._send(turn, operation, send, size_bytes, retry=retry)
 
     async def _send(

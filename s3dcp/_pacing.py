@@ -70,6 +70,30 @@ class Turn:
         self.crowd = lane.under_way
 
 
+class Queue(Generic[W]):
+    """Those who wait: first what is tried again, then what has not been tried, each in order.
+
+    What has failed once has a deadline, and must not spend it behind what has none yet.
+    """
+
+    __slots__ = ("_first_tries", "_retries")
+
+    def __init__(self) -> None:
+        self._retries: deque[W] = deque()
+        self._first_tries: deque[W] = deque()
+
+    def __bool__(self) -> bool:
+        return bool(self._retries or self._first_tries)
+
+    def put(self, waiter: W, *, retry: bool) -> None:
+        """Add one at the end of its kind."""
+        (self._retries if retry else self._first_tries).append(waiter)
+
+    def pop(self) -> W:
+        """Remove and return who is next."""
+        return (self._retries or self._first_tries).popleft()
+
+
 class Lane(Generic[W]):
     """One prefix. `Lanes` knows when it may be changed."""
 
@@ -80,7 +104,7 @@ class Lane(Generic[W]):
         self.limit = math.inf
         self.under_way = 0
         self.cuts = 0
-        self.waiting: deque[W] = deque()
+        self.waiting: Queue[W] = Queue()
         self.rests_since_s = 0.0
 
     def take(self) -> Turn:
@@ -101,10 +125,10 @@ class Lane(Generic[W]):
         self.under_way -= 1
 
     def admit(self) -> list[tuple[W, Turn]]:
-        """Give turns to those who have waited longest, as far as there is room."""
+        """Give turns to those who are next, as far as there is room."""
         given: list[tuple[W, Turn]] = []
         while self.waiting and self.under_way + 1 <= self.limit:
-            given.append((self.waiting.popleft(), self.take()))
+            given.append((self.waiting.pop(), self.take()))
         return given
 
 
@@ -138,9 +162,9 @@ class Lanes(Generic[W]):
             lane = self._busy[prefix] = self._found(prefix)
         return lane.take() if lane.under_way + 1 <= lane.limit else None
 
-    def wait(self, prefix: Prefix, waiter: W) -> None:
-        """Put a waiter at the end of a prefix's queue, which has no room."""
-        self._busy[prefix].waiting.append(waiter)
+    def wait(self, prefix: Prefix, waiter: W, *, retry: bool = False) -> None:
+        """Queue a waiter up for a prefix, which has no room."""
+        self._busy[prefix].waiting.put(waiter, retry=retry)
 
     def leave(self, turn: Turn, answer: Answer) -> Sequence[tuple[W, Turn]]:
         """End a turn; return those who waited and have theirs now, in order.

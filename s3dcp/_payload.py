@@ -37,6 +37,11 @@ class ViewsPayload(Payload):
     Args:
         views: The body. Held until the request has ended.
         stall_timeout_s: Seconds that the peer may go without taking a byte.
+
+    Attributes:
+        stalled: Whether it has gone for longer.
+        unsent_bytes: How many have not been handed over yet. An answer may come in the same round
+            of the loop as the last byte goes, so this is counted where that happens.
     """
 
     def __init__(self, views: Views, stall_timeout_s: float) -> None:
@@ -44,6 +49,7 @@ class ViewsPayload(Payload):
         self._nbytes = sum(view.nbytes for view in self._views)
         self._stall_timeout_s = stall_timeout_s
         self.stalled = False
+        self.unsent_bytes = self._nbytes
         super().__init__(None, content_type="application/octet-stream")
         self._size = self._nbytes
 
@@ -80,16 +86,19 @@ class ViewsPayload(Payload):
         """Write the whole body, watched."""
         loop = asyncio.get_running_loop()
         transport: asyncio.Transport | None = getattr(writer, "transport", None)
+        self.unsent_bytes = self._nbytes
+        stall = asyncio.timeout(self._stall_timeout_s)
         try:
-            async with asyncio.timeout(self._stall_timeout_s) as stall:
+            async with stall:
 
-                def moved() -> None:
+                def moved(count: int) -> None:
+                    self.unsent_bytes -= count
                     if not stall.expired():
                         stall.reschedule(loop.time() + self._stall_timeout_s)
 
                 await self._write(writer, transport, moved)
-        except TimeoutError:
-            self.stalled = True
+        except TimeoutError:  # or the kernel's ETIMEDOUT: the peer is unreachable
+            self.stalled = stall.expired()
             if transport is not None:
                 transport.abort()
             raise
@@ -98,18 +107,20 @@ class ViewsPayload(Payload):
         self,
         writer: AbstractStreamWriter,
         transport: asyncio.Transport | None,
-        moved: Callable[[], None],
+        moved: Callable[[int], None],
     ) -> None:
         first, rest = split(self._views)
         lent = lent_socket(transport) if rest and transport is not None else None
         if transport is None or lent is None:
+            moved(len(first))
             await writer.write(first)
             for step in steps(rest):
+                moved(len(step))
                 await writer.write(step)
-                moved()
             return
         with lent:
             transport.set_write_buffer_limits(high=0)  # so that to drain is to send all
+            moved(len(first))
             await writer.write(first)
             await writer.drain()
             await send(rest, lent, transport, moved)

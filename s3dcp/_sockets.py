@@ -36,7 +36,7 @@ def lent_socket(transport: asyncio.Transport) -> socket.socket | None:
 
 
 async def send(
-    views: Views, lent: socket.socket, transport: asyncio.Transport, moved: Callable[[], None]
+    views: Views, lent: socket.socket, transport: asyncio.Transport, moved: Callable[[int], None]
 ) -> None:
     """Send views over a lent socket, which stays the caller's.
 
@@ -44,7 +44,7 @@ async def send(
         views: The bytes.
         lent: The socket.
         transport: Whose it is. Has nothing to write until this returns.
-        moved: Called whenever the peer has taken some.
+        moved: Called with how many bytes the kernel has taken, in the same step.
 
     Raises:
         OSError: the connection was lost.
@@ -59,13 +59,14 @@ async def send(
         try:
             if transport.is_closing():
                 raise ConnectionResetError("The connection was closed")
-            _drop(left, lent.sendmsg(_burst(left)))
+            count = lent.sendmsg(_burst(left))
         except (BlockingIOError, InterruptedError):
             return
         except OSError as exc:
             done.set_exception(exc)
             return
-        moved()
+        _drop(left, count)
+        moved(count)
         if not left:
             done.set_result(None)
 

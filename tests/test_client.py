@@ -472,6 +472,16 @@ class TestAnswers:
         # botocore takes it for one of S3's errors after a 200.
         assert type(outcome) in {S3ProtocolError, ServerError}
 
+    @pytest.mark.parametrize("said", ["yesterday", "", "9" * 40])
+    def test_no_time(self, ask: Ask, said: str) -> None:
+        outcome, requests = ask(
+            lambda _: answer(200, Last_Modified=said, ETag='"e"'),
+            lambda c: c.head_object("bucket", "key"),
+        )
+        assert type(outcome) is S3ProtocolError
+        assert "HeadObject s3://bucket/key" in str(outcome)
+        assert len(requests) == 3
+
     def test_an_upload_without_an_id(self, ask: Ask) -> None:
         outcome, requests = ask(
             lambda _: answer(200, b"<InitiateMultipartUploadResult/>"),

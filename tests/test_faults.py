@@ -379,6 +379,29 @@ def test_a_certificate_that_is_not_trusted(moved: Callable[..., object], tmp_pat
         assert_same(load(SMALL, "ck", trusting), SMALL)
 
 
+@pytest.mark.parametrize("operation", ["PutObject", "GetObject"])
+def test_many_requests_that_stall_end_together(fake: FakeS3, operation: str) -> None:
+    """Of 100 objects over 2 connections, `retry_timeout_s` and one try after the first stalled."""
+    config = replace(
+        IMPATIENT, max_connections=2, max_attempts=1000, read_timeout_s=0.1, retry_timeout_s=0.3
+    )
+    state: StateDict = {f"layer.{number}": fill((4,), seed=number) for number in range(100)}
+    options = {"single_file_per_rank": False}
+    save(state, "ck", CONFIG, **options)
+    before = fake.keys(BUCKET)
+    stalled = fake.inject(Stall(head=False), operation=operation, key="*.distcp", times=None)
+    with pytest.raises(S3TimeoutError, match="given up after"):
+        load(state, "ck", config) if operation == "GetObject" else save(
+            state, "ck", config, **options
+        )
+    # One after the other, two at a time, the first tries alone would take 5 s.
+    assert len({record.key for record in stalled.struck}) < 20
+    fake.forget()
+    if operation == "GetObject":
+        assert fake.keys(BUCKET) == before
+    assert_same(load(state, "ck", CONFIG), state)
+
+
 @pytest.mark.parametrize("operation", ["PutObject", "UploadPart", "CompleteMultipartUpload"])
 def test_credentials_that_expire_within_a_save(fake: FakeS3, operation: str) -> None:
     """What was sent is gone, the checkpoint that was there is there still."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -25,13 +26,13 @@ from s3dcp._errors import (
     ServerError,
     ThrottledError,
 )
-from s3dcp._flow import Channel, Pacer, RetryPolicy, Slots
+from s3dcp._flow import Channel, Pacer, RetryPolicy, Slots, wait_all
 from s3dcp._keys import S3Uri
 from s3dcp._pacing import Answer, Turn, prefix_of
 from s3dcp._portal import Portal
 from s3dcp._publish import publish, read
 from s3dcp._tally import Tally
-from s3dcp.testing import Exchange, FakeS3, Fault, internal_error, slow_down
+from s3dcp.testing import Exchange, FakeS3, Fault, Stall, internal_error, slow_down
 from tests._stores import MemoryStore, channel_of, no_sleep
 
 T = TypeVar("T")
@@ -195,34 +196,55 @@ class TestADeadline:
         run(scenario)
         assert len(store.requests) == 2
 
-    def test_waiting_for_a_turn_counts_between_attempts(self) -> None:
-        clock = Clock()
-        channel = failing_channel(clock, clock.policy(timeout_s=10.0), ServerError("500"), 0.0)
+    @pytest.mark.parametrize(("waits_for", "others"), [("a turn", [URI]), ("a slot", [OTHER] * 2)])
+    def test_waiting_counts_between_attempts(self, waits_for: str, others: list[S3Uri]) -> None:
+        """Others have all of it, and never end."""
+        policy = RetryPolicy(jitter=lambda: 0.0, timeout_s=0.05)
+        channel = replace(channel_of(MemoryStore(), slots=2), retry=policy)
+        holders: list[asyncio.Task[Turn]] = []
+
+        async def send() -> None:
+            if waits_for == "a turn":
+                await throttle(channel.pacer, Slots(1), URI)
+            enter = channel.pacer.enter
+            holders.extend(asyncio.create_task(enter(uri, channel.slots)) for uri in others)
+            await settle()
+            raise ServerError("500")
 
         async def scenario() -> None:
-            first, second = [await channel.pacer.enter(URI, channel.slots) for _ in range(2)]
-            channel.pacer.leave(first, channel.slots, Answer.THROTTLED)
-            channel.pacer.leave(second, channel.slots, Answer.NOTHING)
-            asked = asyncio.Event()
-
-            async def sleep(seconds: float) -> None:
-                # Another request of the prefix goes first.
-                other = await channel.pacer.enter(URI, channel.slots)
-                asyncio.get_running_loop().call_soon(asked.set)
-                others.append(other)
-
-            others: list[Turn] = []
-            throttled = replace(channel, retry=replace(channel.retry, sleep=sleep))
-            request = asyncio.create_task(_awaited(head(throttled)))
-            await asked.wait()
-            await settle()
-            clock.now_s += 11
-            channel.pacer.leave(others.pop(), channel.slots, Answer.SERVED)
-            with pytest.raises(ServerError, match=r"given up after 1 attempt in 11\.0 s"):
-                await request
-            await _assert_idle(channel, slots=4)
+            with pytest.raises(ServerError, match=r"500 \(given up after 1 attempt in \d+\.\d s\)"):
+                await channel.request("HeadObject", URI, send)
+            for holder in holders:
+                channel.pacer.leave(await holder, channel.slots, Answer.NOTHING)
+            await _assert_idle(channel, slots=2)
 
         run(scenario)
+
+    @pytest.mark.parametrize("limit", ["slots", "turns"])
+    def test_what_is_tried_again_goes_before_what_has_not_been_tried(self, limit: str) -> None:
+        """So that the deadline of a request is not spent behind all others."""
+        channel = channel_of(MemoryStore(), slots=1 if limit == "slots" else 4)
+        tried: list[int] = []
+
+        async def send(number: int) -> None:
+            tried.append(number)
+            await settle(8)  # until all others wait
+            if tried.count(number) <= 3:
+                raise ServerError
+
+        async def scenario() -> None:
+            if limit == "turns":
+                await throttle(channel.pacer, channel.slots, URI)
+            await wait_all(
+                [partial(channel.request, "HeadObject", URI, partial(send, n)) for n in range(8)]
+            )
+
+        run(scenario)
+        # Who gives a slot or a turn back has it taken by the next, and then is the first to wait.
+        for number in range(8):
+            tries = [at for at, other in enumerate(tried) if other == number]
+            assert len(tries) == 4
+            assert tries[-1] - tries[0] < 12, tried  # not 24, as in turn
 
     def test_a_commit_has_one_too(self) -> None:
         clock = Clock()
@@ -345,7 +367,7 @@ class TestTurns:
     @given(
         st.lists(
             st.one_of(
-                st.tuples(st.just("start"), st.integers(0, 2)),
+                st.tuples(st.sampled_from(["start", "start again"]), st.integers(0, 2)),
                 st.tuples(st.just("end"), st.integers(0, 30)),
                 st.tuples(st.just("throttle"), st.integers(0, 30)),
                 st.tuples(st.just("cancel"), st.integers(0, 30)),
@@ -386,8 +408,8 @@ async def throttle(pacer: Pacer, slots: Slots, uri: S3Uri) -> None:
 async def _play(script: list[tuple[str, int]]) -> None:
     requests = Requests(slots=3)
     for event, number in script:
-        if event == "start":
-            requests.start(S3Uri("bucket", f"{number}/key"))
+        if event in {"start", "start again"}:
+            requests.start(S3Uri("bucket", f"{number}/key"), retry=event != "start")
         elif event == "cancel":
             requests.cancel(number)
         elif event == "settle":
@@ -406,11 +428,11 @@ class Requests:
         self.tasks: dict[asyncio.Task[None], S3Uri] = {}
         self.on_the_wire: dict[asyncio.Task[None] | None, asyncio.Future[Answer]] = {}
 
-    def start(self, uri: S3Uri) -> None:
-        self.tasks[asyncio.create_task(self._run(uri))] = uri
+    def start(self, uri: S3Uri, *, retry: bool) -> None:
+        self.tasks[asyncio.create_task(self._run(uri, retry=retry))] = uri
 
-    async def _run(self, uri: S3Uri) -> None:
-        turn = await self.pacer.enter(uri, self.slots)
+    async def _run(self, uri: S3Uri, *, retry: bool) -> None:
+        turn = await self.pacer.enter(uri, self.slots, retry=retry)
         task = asyncio.current_task()
         answered = self.on_the_wire[task] = asyncio.get_running_loop().create_future()
         assert len(self.on_the_wire) <= self.count
@@ -448,7 +470,7 @@ class Requests:
         assert all(task.done() for task in self.tasks)
         await asyncio.gather(*self.tasks, return_exceptions=True)
         assert not self.pacer.lanes._busy
-        assert self.slots._semaphore._value == self.count
+        assert self.slots._free == self.count
 
 
 class TestTallies:
@@ -616,6 +638,29 @@ class TestAgainstAServer:
         with pytest.raises(ServerError, match=r"InternalError \(500\).*given up after 10 attempts"):
             here.call(read, replace(channel, retry=policy), URI)
         assert len(server.requests) == 10
+
+    def test_many_requests_to_a_store_that_stalls_end_in_time(
+        self, server: FakeS3, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The first to have failed for good ends the others, also those that wait for a slot."""
+        monkeypatch.setattr("s3dcp._s3client.RetryPolicy", partial(RetryPolicy, jitter=lambda: 0.0))
+        server.inject(Stall(head=False), times=None)
+        here, channel = connected(
+            server, max_connections=2, max_attempts=1000, read_timeout_s=0.1, retry_timeout_s=0.3
+        )
+
+        async def scenario() -> int:
+            uris = [S3Uri("bucket", f"{number}") for number in range(200)]
+            with pytest.raises(S3TimeoutError, match="given up after"):
+                await wait_all([partial(read, channel, uri) for uri in uris])
+            return len(asyncio.all_tasks())
+
+        started_s = time.monotonic()
+        assert here.call(scenario) == 1
+        # One after the other, two at a time, only the first tries of all would take 10 s.
+        assert time.monotonic() - started_s < 5
+        assert len({record.key for record in server.requests}) < 20
+        here.call(_assert_idle, channel, slots=2)
 
     def test_clients_of_one_endpoint_share_what_they_learn(
         self, server: FakeS3, monkeypatch: pytest.MonkeyPatch

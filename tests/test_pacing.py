@@ -197,6 +197,18 @@ class TestWaiting:
         assert order == [0, 1, 2]
         assert lanes.leave(turn, NOTHING) == ()
 
+    def test_what_failed_once_goes_first(self) -> None:
+        lanes = lanes_of()
+        throttled(lanes, 2)
+        [turn] = enter(lanes, 1)
+        for waiter in range(6):
+            lanes.wait(P, waiter, retry=waiter % 2 == 1)
+        order = []
+        for _ in range(6):
+            [(waiter, turn)] = lanes.leave(turn, NOTHING)
+            order.append(waiter)
+        assert order == [1, 3, 5, 0, 2, 4]
+
     def test_a_limit_that_grows_lets_two_start(self) -> None:
         lanes = lanes_of()
         throttled(lanes, 2)
@@ -247,22 +259,23 @@ class LanesMachine(RuleBasedStateMachine):
         self.clock = Clock()
         self.lanes = lanes_of(self.clock)
         self.turns: list[tuple[Prefix, Turn]] = []
-        self.queues: dict[Prefix, list[int]] = {}
+        self.queues: dict[Prefix, list[tuple[bool, int]]] = {}
         self.burst: dict[Prefix, set[Turn]] = {}  # sent before the last cut
         self.numbers = itertools.count()
 
     def under_way(self, prefix: Prefix) -> int:
         return Counter(name for name, _ in self.turns)[prefix]
 
-    @rule(prefix=prefixes, count=st.integers(1, 12))
-    def arrive(self, prefix: Prefix, count: int) -> None:
+    @rule(prefix=prefixes, count=st.integers(1, 12), retry=st.booleans())
+    def arrive(self, prefix: Prefix, count: int, retry: bool) -> None:
         for _ in range(count):
             turn = self.lanes.enter(prefix)
             queue = self.queues.setdefault(prefix, [])
             if turn is None:
                 number = next(self.numbers)
-                self.lanes.wait(prefix, number)
-                queue.append(number)
+                self.lanes.wait(prefix, number, retry=retry)
+                queue.append((not retry, number))
+                queue.sort()
             else:
                 assert not queue, "overtook those who wait"
                 self.turns.append((prefix, turn))
@@ -278,7 +291,8 @@ class LanesMachine(RuleBasedStateMachine):
         given = self.lanes.leave(turn, answer)
 
         queue = self.queues[prefix]
-        assert [waiter for waiter, _ in given] == queue[: len(given)], "out of order"
+        expected = [number for _, number in queue[: len(given)]]
+        assert [waiter for waiter, _ in given] == expected, "out of order"
         del queue[: len(given)]
         after = self.lanes.limit_of(prefix)
         old = turn in self.burst.setdefault(prefix, set())

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gzip
 import os
 import socket
@@ -23,7 +24,13 @@ import uvloop
 from hypothesis import given
 from hypothesis import strategies as st
 
-from s3dcp import S3ClientConfig, S3ConnectionError, S3ProtocolError, S3TimeoutError
+from s3dcp import (
+    S3ClientConfig,
+    S3ConnectionError,
+    S3Exception,
+    S3ProtocolError,
+    S3TimeoutError,
+)
 from s3dcp import _receive as module
 from s3dcp._client import S3Store
 from s3dcp._keys import S3Uri
@@ -733,3 +740,58 @@ class TestAPeerThatStopsReading:
                 await store.close()
 
         Rig(factory, None)(scenario)
+
+    @pytest.mark.parametrize("factory", [uvloop.new_event_loop, asyncio.new_event_loop])
+    def test_does_not_have_it_whatever_it_says(
+        self, factory: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+
+        async def scenario(peer: Peer) -> None:
+            async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+                await reader.readexactly(1000)
+                writer.write(head(0, ETag='"1"'))
+                await writer.drain()
+                await asyncio.Future()
+
+            peer.scripts.append(script)
+            store = S3Store(
+                "us-east-1", S3ClientConfig(endpoint_url=peer.url, force_path_style=True)
+            )
+            async with asyncio.timeout(30):
+                with pytest.raises(
+                    S3ProtocolError, match=r"200 when \d+ of \d+ bytes were not sent"
+                ) as caught:
+                    await store.put(S3Uri("bucket", "key"), [memoryview(bytes(self.BIG))])
+            assert caught.value.retryable
+            assert (caught.value.operation, caught.value.key) == ("PutObject", "key")
+            await store.close()
+
+        Rig(factory, None)(scenario)
+
+
+def test_a_connection_that_the_kernel_gives_up_is_said_to_have_timed_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By TCP, for want of acknowledgements: not by us, for want of progress."""
+
+    async def send(*_: object) -> None:
+        raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+
+    monkeypatch.setattr("s3dcp._payload.send", send)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+
+    async def scenario(peer: Peer) -> None:
+        async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await asyncio.Future()
+
+        peer.scripts.append(script)
+        store = S3Store("us-east-1", S3ClientConfig(endpoint_url=peer.url, force_path_style=True))
+        with pytest.raises(S3Exception, match="Connection timed out") as caught:
+            await store.put(S3Uri("bucket", "key"), [memoryview(bytes(1 << 20))])
+        assert caught.value.retryable
+        await store.close()
+
+    Rig(uvloop.new_event_loop, None)(scenario)

@@ -57,7 +57,7 @@ class S3StorageReader(FileSystemReader):
     By default all ranges that a rank needs are fetched together, straight into its tensors.
 
     Args:
-        region: The bucket's region.
+        region: The bucket's region; None as in `S3Client`.
         path: The checkpoint's place, `s3://bucket/prefix`.
         s3client_config: Settings of the client.
         reader_constructor: `S3ReaderConstructor.dcp_optimized()` (the default), or a constructor of
@@ -136,7 +136,7 @@ class S3StorageReader(FileSystemReader):
         if rank is None:
             self._tally = Tally()  # a load begins
         try:
-            metadata = self._read_metadata(self._metadata_uri(rank))
+            metadata = self._read_metadata(rank)
         except Exception as exc:
             if rank is None:
                 self._global_failure = exc
@@ -247,9 +247,14 @@ class S3StorageReader(FileSystemReader):
         ).read(plan.items, cast("Metadata", self._metadata), base)
         _log.info("read %d items from %s: %s", len(plan.items), self.path, self.totals)
 
-    def _read_metadata(self, uri: S3Uri) -> Metadata:
+    def _find(self, rank: int | None) -> Found | None:
+        """Return the bytes of `.metadata`, or of a rank's own."""
         portal, channel = self.fs.client.connect(self._tally)
-        found = portal.call(read, channel, uri)
+        return portal.call(read, channel, self._metadata_uri(rank))
+
+    def _read_metadata(self, rank: int | None) -> Metadata:
+        uri = self._metadata_uri(rank)
+        found = self._find(rank)
         if found is None:
             raise CheckpointNotFoundError(
                 f"No checkpoint at {self.path}: there is no {uri}. A save that did not finish "

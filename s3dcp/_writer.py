@@ -54,7 +54,7 @@ class S3StorageWriter(FileSystemWriter):
     deleted afterwards.
 
     Args:
-        region: The bucket's region.
+        region: The bucket's region; None as in `S3Client`.
         path: The checkpoint's place, `s3://bucket/prefix`.
         s3client_config: Settings of the client.
         prefix_strategy: Spreads the data objects over key prefixes; by default they are all under

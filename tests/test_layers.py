@@ -24,7 +24,8 @@ ROWS = {
     "facade": [
         *("_s3client", "_prefixes", "_streams", "_readers", "_ranged_reader", "_dcp_reader"),
         *("_constructors", "_transfers", "_filesystem", "_landing", "_saving", "_loading"),
-        *("_writer", "_reader", "_planner", "_checkpoint", "_survey", "_catalog", "_verifying"),
+        *("_writer", "_reader", "_group_reader", "_planner", "_checkpoint"),
+        *("_survey", "_catalog", "_verifying"),
     ],
     "cli": ["_cli", "__main__"],
 }

@@ -331,7 +331,8 @@ class S3Store:
             if not payload.stalled:
                 raise
             raise S3TimeoutError(
-                f"{operation} {uri}: the store took no bytes for {self._idle_s:g} s",
+                f"{operation} {uri}: the store took no bytes for {self._idle_s:g} s: check "
+                "the network, or raise read_timeout_s",
                 operation=operation,
                 bucket=uri.bucket,
                 key=uri.key,

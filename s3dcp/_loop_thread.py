@@ -95,7 +95,9 @@ class LoopThread:
             raise PortalError("The I/O thread is another process's, of which this is a fork")
         with self._gate:
             if self._closing:
-                raise PortalError("The I/O thread has ended and takes no more calls")
+                raise PortalError(
+                    "The I/O thread has ended, as the process does: save and load before it exits"
+                )
             self.loop.call_soon_threadsafe(function)
 
     def refuse_own(self) -> None:
@@ -105,7 +107,9 @@ class LoopThread:
             PortalError: it is the one that runs this.
         """
         if threading.current_thread() is self._thread:
-            raise PortalError("A blocking call from the I/O thread would wait for itself")
+            raise PortalError(
+                "A blocking call from the I/O thread would wait for itself: await S3Client there"
+            )
 
     def at_close(self, function: Callable[[], Awaitable[None]]) -> None:
         """Await `function` when all else on the loop has ended."""

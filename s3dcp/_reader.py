@@ -278,7 +278,8 @@ class S3StorageReader(FileSystemReader):
             info = self.storage_data[item.storage_index]
         except KeyError as exc:
             raise CorruptMetadataError(
-                f"The metadata of {self.path} does not say where {item.storage_index} is stored"
+                f"The metadata of {self.path} does not say where {item.storage_index} is "
+                "stored: load an older checkpoint"
             ) from exc
         return info.relative_path, info.offset
 

@@ -263,5 +263,5 @@ def _check_complete(metadata: Metadata) -> None:
         names = ", ".join(sorted({index.fqn for index in missing})[:3])
         raise IncompleteSaveError(
             f"{len(missing)} items were planned but not written, {names} among them: nothing was "
-            "published"
+            "published, save again"
         )

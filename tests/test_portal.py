@@ -159,7 +159,7 @@ class TestCalls:
         """Warnings are errors here: one that is never awaited would be one."""
         own.close()
         for refused in (lambda: own.call(answer), lambda: own.submit(answer)):
-            with pytest.raises(PortalError, match="takes no more calls"):
+            with pytest.raises(PortalError, match="has ended"):
                 refused()
 
 
@@ -549,7 +549,7 @@ class TestDeath:
         assert blocked.ended.is_set()
         either.close()
         assert not either.is_alive
-        with pytest.raises(PortalError, match="takes no more calls"):
+        with pytest.raises(PortalError, match="has ended"):
             either.call(answer)
 
     def test_so_do_those_that_had_not_begun(self, either: Portal) -> None:

@@ -48,8 +48,9 @@ def server(_server: FakeS3) -> Iterator[FakeS3]:
         yield _server
 
 
-def save(config: S3ClientConfig = ONCE, **options: bool) -> None:
-    s3dcp.save({"t": torch.arange(8.0), "step": 1}, URI, s3client_config=config, **options)
+def save(*, overwrite: bool = True) -> None:
+    state = {"t": torch.arange(8.0), "step": 1}
+    s3dcp.save(state, URI, s3client_config=ONCE, overwrite=overwrite)
 
 
 def load(uri: str = URI, config: S3ClientConfig = ONCE) -> None:

@@ -19,7 +19,7 @@ from typing import NoReturn
 import pytest
 
 from s3dcp import PortalError, S3Exception, _calls
-from s3dcp._loop_thread import WORKERS
+from s3dcp._loop_thread import worker_count
 from s3dcp._portal import Portal, offload, portal
 from tests._scripted import LEAN
 
@@ -608,7 +608,7 @@ class TestOffload:
         ran: list[int] = []
 
         async def work() -> None:
-            count = WORKERS
+            count = worker_count()
             busy = [asyncio.ensure_future(offload(release.wait, _TIMEOUT_S)) for _ in range(count)]
             queued = asyncio.ensure_future(offload(ran.append, 1))
             await asyncio.sleep(0)

@@ -130,7 +130,7 @@ def gc(
         grace_s: Seconds for which a data object that no checkpoint names is left alone: a save
             that is under way may name it yet. By this machine's clock.
         dry_run: Remove nothing.
-        region: The bucket's region.
+        region: The bucket's region; None as in `S3Client`.
         s3client_config: Settings of the client.
 
     Returns:
@@ -160,7 +160,7 @@ def abort_uploads(
         uri: Where to look.
         grace_s: Seconds for which an upload is left alone: it may be under way.
         dry_run: Abort nothing.
-        region: The bucket's region.
+        region: The bucket's region; None as in `S3Client`.
         s3client_config: Settings of the client.
 
     Raises:

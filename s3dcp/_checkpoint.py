@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 from s3dcp._cancellation import in_thread
 from s3dcp._config import S3ClientConfig
 from s3dcp._constructors import DCPS3ReaderConstructorProtocol, S3ReaderConstructorProtocol
-from s3dcp._errors import CheckpointNotFoundError
+from s3dcp._group_reader import GroupReader, MetadataError
 from s3dcp._planner import WeightsOnlyLoadPlanner
 from s3dcp._prefixes import S3PrefixStrategyBase
 from s3dcp._progress import ProgressCallback
@@ -67,7 +67,7 @@ def save(
         process_group: As in `dcp.save`.
         no_dist: As in `dcp.save`. True by itself where there is no process group.
         use_collectives: As in `dcp.save`.
-        region: The bucket's region. None: `AWS_REGION`, `AWS_DEFAULT_REGION` or the profile's.
+        region: The bucket's region; None as in `S3Client`.
         s3client_config: Settings of the client.
         prefix_strategy: Spreads the data objects over key prefixes.
         thread_count: Objects that a rank writes, at once.
@@ -125,6 +125,8 @@ def load(
 ) -> None:
     """Load a checkpoint from S3 into a state dict. All ranks of a group call this together.
 
+    Its `.metadata` is read by the group's first rank, and sent to the others.
+
     Args:
         state_dict: Says what to load and where to: tensors are filled, all else is replaced.
         uri: The checkpoint's place, `s3://bucket/prefix`.
@@ -132,7 +134,7 @@ def load(
         process_group: As in `dcp.load`.
         no_dist: As in `dcp.load`. True by itself where there is no process group.
         weights_only: Refuse items whose pickles could run code. False executes them.
-        region: The bucket's region. None: `AWS_REGION`, `AWS_DEFAULT_REGION` or the profile's.
+        region: The bucket's region; None as in `S3Client`.
         s3client_config: Settings of the client.
         reader_constructor: As in `S3StorageReader`.
         progress: As in `S3StorageReader`: True for a bar, or a callback.
@@ -145,7 +147,7 @@ def load(
         KeyboardInterrupt: on this rank or another.
         CheckpointException: ranks failed with different errors.
     """
-    reader = _Reader(
+    reader = GroupReader(
         region,
         uri,
         s3client_config,
@@ -153,6 +155,8 @@ def load(
         progress=progress,
         on_report=on_report,
     )
+    if _grouped(no_dist=no_dist):
+        reader.share(process_group)
     if planner is None:
         planner = WeightsOnlyLoadPlanner() if weights_only else DefaultLoadPlanner()
     _expect_no_group(no_dist=no_dist)
@@ -195,7 +199,7 @@ def async_save(
         async_stager: As in `dcp.async_save`.
         no_dist: As in `dcp.async_save`. True by itself where there is no process group.
         use_collectives: As in `dcp.async_save`.
-        region: The bucket's region. None: `AWS_REGION`, `AWS_DEFAULT_REGION` or the profile's.
+        region: The bucket's region; None as in `S3Client`.
         s3client_config: Settings of the client.
         prefix_strategy: Spreads the data objects over key prefixes.
         thread_count: Objects that a rank writes, at once.
@@ -324,34 +328,6 @@ async def aload(
     )
 
 
-class _MetadataError(BaseException):
-    """Carries an error out of `read_metadata`.
-
-    torch makes one text of all that is an `Exception` there.
-    """
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(error)
-        self.error = error
-
-
-class _Reader(S3StorageReader):
-    """A reader whose errors in reading `.metadata` are not lost."""
-
-    _missing: CheckpointNotFoundError | None = None
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        try:
-            return super().read_metadata(*args, **kwargs)
-        except CheckpointNotFoundError as exc:
-            if kwargs.get("rank") is None:
-                self._missing = exc
-                raise  # torch asks for the rank's own then
-            raise _MetadataError(self._missing or exc) from exc
-        except Exception as exc:
-            raise _MetadataError(exc) from exc
-
-
 @contextmanager
 def _unwrapped(storage: S3StorageWriter | S3StorageReader) -> Iterator[None]:
     try:
@@ -371,7 +347,7 @@ def _unwrapped(storage: S3StorageWriter | S3StorageReader) -> Iterator[None]:
 def plain(exc: CheckpointException) -> CheckpointException:
     """Return the exception with the errors themselves where some were carried out by another."""
     failures = {
-        rank: (error.error if isinstance(error, _MetadataError) else error, stack)
+        rank: (error.error if isinstance(error, MetadataError) else error, stack)
         for rank, (error, stack) in exc.failures.items()
     }
     return CheckpointException(exc.args[0], failures).with_traceback(exc.__traceback__)
@@ -412,11 +388,15 @@ def _expect_no_group(*, no_dist: bool) -> None:
     For good, as `async_save` warns on a thread of torch's: filters are the process's, and none can
     be taken back while other threads may have changed them.
     """
-    if not no_dist and dist.is_available() and dist.is_initialized():
+    if _grouped(no_dist=no_dist):
         return
     entry = ("ignore", re.compile(_UNGROUPED, re.IGNORECASE), UserWarning, None, 0)
     if list(warnings.filters[:1]) != [entry]:
         warnings.filterwarnings("ignore", _UNGROUPED, UserWarning)
+
+
+def _grouped(*, no_dist: bool) -> bool:
+    return not no_dist and dist.is_available() and dist.is_initialized()
 
 
 def _device() -> int | None:

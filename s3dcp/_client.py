@@ -1,8 +1,11 @@
 """S3 over aiobotocore: one attempt a request, every error mapped once.
 
 botocore signs, builds addresses and finds credentials. It is told not to retry (the engine does),
-not to follow a bucket to another region (the user is told), not to hash or sum bodies (the engine
-has), and not to ask before it sends one.
+not to follow a bucket to another region than the one that the user gave (who is told), not to hash
+or sum bodies (the engine has), and not to ask before it sends one.
+
+Where the user gave no region, botocore follows a bucket to its own: the answer says which that is,
+or a HeadBucket does. The request is sent once more, and the later ones go there at once.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import asyncio
 import contextlib
 import functools
 import logging
+import os
 import re
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
@@ -58,7 +62,7 @@ class S3Store:
     """A `Store` over one aiobotocore client, for use on the loop that opened it.
 
     Args:
-        region: The bucket's region; None leaves it to botocore's own sources.
+        region: The bucket's region. None: `AWS_REGION`, botocore's own sources, or else the bucket.
         config: The client's settings.
     """
 
@@ -338,7 +342,8 @@ class S3Store:
             if not payload.stalled:
                 raise
             raise S3TimeoutError(
-                f"{operation} {uri}: the store took no bytes for {self._idle_s:g} s",
+                f"{operation} {uri}: the store took no bytes for {self._idle_s:g} s: check "
+                "the network, or raise read_timeout_s",
                 operation=operation,
                 bucket=uri.bucket,
                 key=uri.key,
@@ -378,7 +383,7 @@ class S3Store:
         s3 = {"payload_signing_enabled": False}
         client = session.create_client(
             "s3",
-            region_name=self._region or None,
+            region_name=self._region or os.environ.get("AWS_REGION") or None,
             endpoint_url=config.endpoint_url,
             verify=str(config.ca_bundle) if config.ca_bundle else None,
             config=AioConfig(
@@ -394,7 +399,7 @@ class S3Store:
                 **({"signature_version": UNSIGNED} if config.unsigned else {}),
             ),
         )
-        return _Prepared(client)
+        return _Prepared(client, follows=not self._region)
 
 
 class _Session(AIOHTTPSession):  # type: ignore[misc]  # it has no types
@@ -411,15 +416,19 @@ class _Session(AIOHTTPSession):  # type: ignore[misc]  # it has no types
 
 
 class _Prepared(contextlib.AbstractAsyncContextManager[Any]):
-    """A client whose requests carry no `Expect` header and are not redirected."""
+    """A client whose requests carry no `Expect` header, and may stay in their region."""
 
-    def __init__(self, client: contextlib.AbstractAsyncContextManager[Any]) -> None:
+    def __init__(
+        self, client: contextlib.AbstractAsyncContextManager[Any], *, follows: bool
+    ) -> None:
         self._creator = client
+        self._follows = follows
 
     async def __aenter__(self) -> Any:
         client = await self._creator.__aenter__()
         client.meta.events.register("before-sign.s3", _drop_expect)
-        client.meta.events.register("before-call.s3", _stay_in_region)
+        if not self._follows:
+            client.meta.events.register("before-call.s3", _stay_in_region)
         return client
 
     async def __aexit__(self, *exc_info: Any) -> None:  # noqa: PYI036 - only passed on

@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_args
 
 from s3dcp._errors import S3ConfigError
+from s3dcp._node import local_world_size
 
 MiB = 1 << 20
 
@@ -140,7 +141,7 @@ class S3ClientConfig:
         """Connections that this process may hold open."""
         if self.max_connections is not None:
             return self.max_connections
-        bytes_per_s = self.throughput_target_gbps * 1e9 / 8 / _local_world_size()
+        bytes_per_s = self.throughput_target_gbps * 1e9 / 8 / local_world_size()
         wanted = round(bytes_per_s / _CONNECTION_BYTES_PER_S)
         return max(_MIN_CONNECTIONS, min(wanted, _MAX_CONNECTIONS))
 
@@ -148,12 +149,5 @@ class S3ClientConfig:
         """Bytes of host memory for buffers of this process."""
         if self.memory_budget_bytes is not None:
             return self.memory_budget_bytes
-        share = _NODE_MEMORY_BYTES // _local_world_size()
+        share = _NODE_MEMORY_BYTES // local_world_size()
         return max(min(share, _MAX_MEMORY_BYTES), _MIN_MEMORY_BYTES)
-
-
-def _local_world_size() -> int:
-    try:
-        return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
-    except ValueError:
-        return 1

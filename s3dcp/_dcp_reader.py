@@ -240,7 +240,8 @@ class DCPOptimizedS3Reader(ObjectReader):
         if self._stream_position < piece.end:
             raise IntegrityError(
                 f"s3://{self._bucket}/{self._key} ends at byte {self._stream_position}, but its "
-                f"checkpoint's metadata has an item in bytes {piece.start}-{piece.end}",
+                f"checkpoint's metadata has an item in bytes {piece.start}-{piece.end}: load "
+                "an older checkpoint",
                 bucket=self._bucket,
                 key=self._key,
             )

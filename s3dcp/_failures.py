@@ -68,16 +68,38 @@ _BY_STATUS: dict[int, type[S3ServiceError]] = {
 _HINTS: dict[type[S3Exception], str] = {
     errors.AccessDeniedError: (
         "check the policy of these credentials (s3:GetObject, s3:PutObject, s3:ListBucket, "
-        "s3:DeleteObject, s3:AbortMultipartUpload); without s3:ListBucket a missing key is "
-        "answered like this too"
+        "s3:DeleteObject, s3:AbortMultipartUpload; kms:GenerateDataKey and kms:Decrypt where a KMS "
+        "key encrypts); without s3:ListBucket a missing key is answered like this too"
     ),
     errors.BucketNotFoundError: "create the bucket, or correct its name or the endpoint",
-    errors.ObjectNotFoundError: "",
+    errors.ObjectNotFoundError: "look which checkpoints are complete, and load one of those",
     errors.S3CredentialsError: (
         "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role; "
         "S3ClientConfig(unsigned=True) reads public buckets"
     ),
     errors.WrongRegionError: "pass the bucket's own region",
+    errors.PreconditionFailedError: (
+        "read it again: the object is not the one that was expected, another client has written it"
+    ),
+    errors.ConflictError: "let one client at a time write to this key, and try again",
+    errors.ThrottledError: "use a prefix strategy, or a lower max_connections",
+    errors.ServerError: "try again later: the store failed",
+    errors.S3TimeoutError: (
+        "check the endpoint and the network, or raise the timeouts in S3ClientConfig"
+    ),
+    errors.S3ConnectionError: "check the network, the endpoint and the proxy, if there is one",
+    errors.S3ProtocolError: "look for a proxy that changes answers, or report it to the store",
+    S3ServiceError: (
+        "look the code up in the store's documentation; of an S3-compatible store, see checksum "
+        "and conditional_writes in S3ClientConfig"
+    ),
+}
+# Where the code says more than the kind of error.
+_HINTS_BY_CODE = {
+    "NoSuchUpload": "save again: the upload was aborted, by another job or by a lifecycle rule",
+    "RequestTimeTooSkewed": "set this machine's clock",
+    "InvalidObjectState": "restore the object from its archive (RestoreObject), then load again",
+    "ExpiredToken": "renew the credentials: a role's or a profile's renew themselves",
 }
 
 
@@ -90,7 +112,8 @@ def mapped(operation: str, uri: S3Uri) -> Iterator[None]:
         _log.debug("%s %s failed: %s", operation, uri, exc)
         if exc.operation is None:
             exc.operation, exc.bucket, exc.key = operation, uri.bucket, uri.key
-            exc.message = f"{operation} {uri}: {exc.message}"
+            hint = _HINTS.get(type(exc), "")
+            exc.message = _sentence(f"{operation} {uri} failed", exc.message, hint)
         raise
     except Exception as exc:
         failure = map_error(exc, operation, uri)
@@ -162,7 +185,7 @@ _LIBRARY_ERRORS: tuple[tuple[tuple[type[Exception], ...], type[S3Exception], str
     (
         (boto.ConnectTimeoutError, boto.ReadTimeoutError, TimeoutError),
         errors.S3TimeoutError,
-        "check the endpoint and the network, or raise the timeouts in S3ClientConfig",
+        _HINTS[errors.S3TimeoutError],
     ),
     (
         (boto.SSLError,),
@@ -174,8 +197,12 @@ _LIBRARY_ERRORS: tuple[tuple[tuple[type[Exception], ...], type[S3Exception], str
         errors.S3ConnectionError,
         "check the endpoint's address, the region and the network",
     ),
-    ((ResponseParserError,), S3ProtocolError, ""),
-    ((boto.HTTPClientError, aiohttp.ClientError, OSError), errors.S3ConnectionError, ""),
+    ((ResponseParserError,), S3ProtocolError, _HINTS[S3ProtocolError]),
+    (
+        (boto.HTTPClientError, aiohttp.ClientError, OSError),
+        errors.S3ConnectionError,
+        _HINTS[errors.S3ConnectionError],
+    ),
     (
         (
             boto.ParamValidationError,
@@ -185,7 +212,7 @@ _LIBRARY_ERRORS: tuple[tuple[tuple[type[Exception], ...], type[S3Exception], str
             ValueError,
         ),
         errors.S3ConfigError,
-        "",
+        "correct S3ClientConfig, the environment's AWS_ variables or the AWS configuration file",
     ),
 )
 
@@ -203,7 +230,7 @@ def _map_answer(exc: boto.ClientError, operation: str, uri: S3Uri) -> S3Exceptio
         kind = errors.ServerError
     elif kind is S3ServiceError and status == 400 and region and code in {"400", "BadRequest"}:
         kind = errors.WrongRegionError  # what a HEAD, which has no body, is told
-    hint = _HINTS.get(kind, "")
+    hint = _HINTS_BY_CODE.get(code) or _HINTS[kind]
     if kind is errors.WrongRegionError and region:
         hint = f"the bucket is in {region!r}: pass region={region!r}"
     cause = f"{code} ({status}) {error.get('Message', '')}".strip()
@@ -223,4 +250,4 @@ def _map_answer(exc: boto.ClientError, operation: str, uri: S3Uri) -> S3Exceptio
 
 
 def _sentence(what: str, cause: str, hint: str) -> str:
-    return f"{what}: {cause}. To mend it, {hint}" if hint else f"{what}: {cause}"
+    return f"{what}: {cause.rstrip('.')}. To mend it, {hint}" if hint else f"{what}: {cause}"

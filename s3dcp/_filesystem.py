@@ -29,7 +29,7 @@ class S3FileSystem(FileSystemBase):
     """S3 objects as DCP's files. Paths are `s3://bucket/key`, as text or path objects.
 
     Args:
-        region: The bucket's region.
+        region: The bucket's region; None as in `S3Client`.
         s3_client: An existing handle; by default one is made from the other arguments.
         s3client_config: Settings of the client.
         reader_constructor: Makes the readers of `create_stream(path, "rb")`.

@@ -56,7 +56,9 @@ def parse_s3_uri(path: str | os.PathLike[str]) -> S3Uri:
     else:
         bucket, _, key = rest.partition("/")
     if not bucket:
-        raise InvalidS3UriError(f"Bucket name must be non-empty in {text!r}")
+        raise InvalidS3UriError(
+            f"Bucket name must be non-empty in {text!r}: write s3://BUCKET/PREFIX"
+        )
     _check_key(key, text)
     return S3Uri(bucket, key)
 

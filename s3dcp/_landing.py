@@ -162,7 +162,9 @@ def group(items: Iterable[ReadItem], metadata: Metadata, base: S3Uri) -> list[It
         if item is None:
             info = metadata.storage_data.get(index)
             if info is None:
-                raise CorruptMetadataError(f"{source} does not say where {index} is stored")
+                raise CorruptMetadataError(
+                    f"{source} does not say where {index} is stored: load an older checkpoint"
+                )
             uri = uris.get(info.relative_path)
             if uri is None:
                 key = child_key(base.key, info.relative_path, source=source)
@@ -188,7 +190,7 @@ def check_place(item: Item, object_bytes: int) -> None:
     if end > object_bytes:
         raise CorruptMetadataError(
             f"{item.name}: its metadata places it at bytes [{item.info.offset}, {end}) of "
-            f"{item.uri}, which has {object_bytes}",
+            f"{item.uri}, which has {object_bytes}: load an older checkpoint",
             bucket=item.uri.bucket,
             key=item.uri.key,
         )
@@ -393,7 +395,8 @@ def stored_tensor(item: Item, data: memoryview) -> torch.Tensor:
         first = item.info.offset
         raise IntegrityError(
             f"{item.name}: bytes [{first}, {first + item.info.length}) of {item.uri} hold no "
-            f"tensor that torch.load can read: {type(exc).__name__}: {exc}",
+            f"tensor that torch.load can read ({type(exc).__name__}: {exc}): load an "
+            "older checkpoint",
             bucket=item.uri.bucket,
             key=item.uri.key,
         ) from exc

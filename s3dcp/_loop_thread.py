@@ -10,13 +10,19 @@ from collections.abc import Awaitable, Callable
 
 from s3dcp._calls import GRACE_S
 from s3dcp._errors import PortalError
+from s3dcp._node import local_world_size
 from s3dcp._workers import Workers
 
 _log = logging.getLogger("s3dcp.portal")
 
 # Nothing runs any more: what still waits then waits for a peer that does not read.
 _CLOSE_S = 2.0
-WORKERS = min(4, os.cpu_count() or 1)
+_MAX_WORKERS = 4
+
+
+def worker_count() -> int:
+    """Return this rank's share of the node's cores, of which it needs no more than a few."""
+    return max(1, min(_MAX_WORKERS, (os.cpu_count() or 1) // local_world_size()))
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
@@ -57,7 +63,7 @@ class LoopThread:
         self._gate = threading.RLock()
         self._closing = False
         self._pid = os.getpid()
-        self._workers = Workers(WORKERS)
+        self._workers = Workers(worker_count())
         self._thread = threading.Thread(target=self._run, name="s3dcp-portal", daemon=True)
         try:
             self.loop = loop_factory()
@@ -95,7 +101,9 @@ class LoopThread:
             raise PortalError("The I/O thread is another process's, of which this is a fork")
         with self._gate:
             if self._closing:
-                raise PortalError("The I/O thread has ended and takes no more calls")
+                raise PortalError(
+                    "The I/O thread has ended, as the process does: save and load before it exits"
+                )
             self.loop.call_soon_threadsafe(function)
 
     def refuse_own(self) -> None:
@@ -105,7 +113,9 @@ class LoopThread:
             PortalError: it is the one that runs this.
         """
         if threading.current_thread() is self._thread:
-            raise PortalError("A blocking call from the I/O thread would wait for itself")
+            raise PortalError(
+                "A blocking call from the I/O thread would wait for itself: await S3Client there"
+            )
 
     def at_close(self, function: Callable[[], Awaitable[None]]) -> None:
         """Await `function` when all else on the loop has ended."""

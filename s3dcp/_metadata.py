@@ -83,7 +83,7 @@ def crcs_of(info: _StorageInfo) -> ItemCrcs | None:
     except (TypeError, ValueError, struct.error) as exc:
         raise CorruptMetadataError(
             f"The checksums of the item at byte {info.offset} of {info.relative_path!r} are "
-            f"malformed: {exc}"
+            f"malformed ({exc}): load an older checkpoint"
         ) from exc
 
 
@@ -129,7 +129,7 @@ def _unsealed(data: bytes | bytearray | memoryview, source: str) -> memoryview:
     if bytes(seal[:-_CRC_BYTES]) != _SEAL:
         return view
     if bytes(seal[-_CRC_BYTES:]) != _seal_of(pickled):
-        _refuse(source, "differs from what was saved (CRC64NVME): load an older checkpoint")
+        _refuse(source, "differs from what was saved (CRC64NVME)")
     return pickled
 
 
@@ -162,19 +162,22 @@ def load_metadata(
             raise
         except Exception as exc:  # a damaged or forged pickle fails in every way there is
             raise CorruptMetadataError(
-                f"{source} is truncated or no checkpoint metadata: {type(exc).__name__}: {exc}"
+                f"{source} is truncated or no checkpoint metadata ({type(exc).__name__}: {exc}): "
+                "load an older checkpoint"
             ) from exc
         if not isinstance(metadata, Metadata):
             _refuse(source, f"holds a {type(metadata).__name__}, not a checkpoint's metadata")
         try:
             _check(metadata, source)
         except AttributeError as exc:  # an object without the attributes that its class promises
-            raise CorruptMetadataError(f"{source} is incomplete: {exc}") from exc
+            raise CorruptMetadataError(
+                f"{source} is incomplete ({exc}): load an older checkpoint"
+            ) from exc
     return metadata
 
 
 def _refuse(source: str, problem: str) -> NoReturn:
-    raise CorruptMetadataError(f"{source} {problem}")
+    raise CorruptMetadataError(f"{source} {problem}: load an older checkpoint")
 
 
 def _check(metadata: Metadata, source: str) -> None:

@@ -57,7 +57,7 @@ class S3StorageReader(FileSystemReader):
     By default all ranges that a rank needs are fetched together, straight into its tensors.
 
     Args:
-        region: The bucket's region.
+        region: The bucket's region; None as in `S3Client`.
         path: The checkpoint's place, `s3://bucket/prefix`.
         s3client_config: Settings of the client.
         reader_constructor: `S3ReaderConstructor.dcp_optimized()` (the default), or a constructor of
@@ -273,6 +273,11 @@ class S3StorageReader(FileSystemReader):
             meter=self.recording.meter,
         ).read(plan.items, cast("Metadata", self._metadata), base)
 
+    def _find(self, rank: int | None) -> Found | None:
+        """Return the bytes of `.metadata`, or of a rank's own."""
+        portal, channel = self.fs.client.connect(self.recording.tally)
+        return portal.call(read, channel, self._metadata_uri(rank))
+
     def _read_metadata(self, rank: int | None) -> Metadata:
         if rank is not None and not isinstance(
             self._global_failure, CheckpointNotFoundError | None
@@ -281,8 +286,7 @@ class S3StorageReader(FileSystemReader):
             # would report only that there is none.
             raise self._global_failure
         uri = self._metadata_uri(rank)
-        portal, channel = self.fs.client.connect(self.recording.tally)
-        found = portal.call(read, channel, uri)
+        found = self._find(rank)
         if found is None:
             raise CheckpointNotFoundError(
                 f"No checkpoint at {self.path}: there is no {uri}. A save that did not finish "
@@ -306,7 +310,8 @@ class S3StorageReader(FileSystemReader):
             info = self.storage_data[item.storage_index]
         except KeyError as exc:
             raise CorruptMetadataError(
-                f"The metadata of {self.path} does not say where {item.storage_index} is stored"
+                f"The metadata of {self.path} does not say where {item.storage_index} is "
+                "stored: load an older checkpoint"
             ) from exc
         return info.relative_path, info.offset
 

@@ -44,21 +44,22 @@ class S3Client:
             data = await client.get_object("bucket", "key")
 
     Args:
-        region: The bucket's region. None: `AWS_REGION`, `AWS_DEFAULT_REGION` or the profile's.
+        region: The bucket's region, which is kept to. None: `AWS_REGION`, `AWS_DEFAULT_REGION` or
+            the profile's; and where there is none, or the bucket is elsewhere, the bucket's own.
         s3client_config: Settings; the defaults otherwise.
     """
 
     def __init__(
         self, region: str | None = None, s3client_config: S3ClientConfig | None = None
     ) -> None:
-        self._region = region or os.environ.get("AWS_REGION") or None
+        self._region = region or None
         self._config = s3client_config or S3ClientConfig()
         self._open: tuple[Portal, Hashable, Channel] | None = None
 
     @property
     def region(self) -> str | None:
         """The region that was given, or that `AWS_REGION` names."""
-        return self._region
+        return self._region or os.environ.get("AWS_REGION") or None
 
     @property
     def s3client_config(self) -> S3ClientConfig:
@@ -66,7 +67,7 @@ class S3Client:
         return self._config
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}(region={self._region!r})"
+        return f"{type(self).__name__}(region={self.region!r})"
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_open": None}

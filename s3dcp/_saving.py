@@ -208,7 +208,10 @@ class SavedItems:
             raise
         expected = sum(len(items) for _, _, items in files)
         if len(results) != expected:
-            raise IncompleteSaveError(f"{len(results)} of {expected} items were written")
+            raise IncompleteSaveError(
+                f"{len(results)} of {expected} items were written: nothing was "
+                "published, save again"
+            )
         return results
 
     def _open(self, uri: S3Uri, name: str, items: Sequence[WriteItem]) -> None:

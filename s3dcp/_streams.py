@@ -246,7 +246,8 @@ class S3Writer(io.BufferedIOBase):
             if self._failure is not None:
                 _drop(sink)
                 raise IncompleteSaveError(
-                    f"Nothing was published: a write failed before close() ({self._failure})"
+                    f"Nothing was published: a write failed before close() ({self._failure}). "
+                    "Write it again"
                 ) from self._failure
             sink.close()
         finally:

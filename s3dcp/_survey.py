@@ -195,7 +195,7 @@ def ends_of(metadata: Metadata) -> dict[str, int]:
 def no_checkpoint(folder: S3Uri) -> CheckpointNotFoundError:
     """Return the error for a folder without a commit."""
     return CheckpointNotFoundError(
-        f"No checkpoint at {place_of(folder)}: there is no {folder}.metadata",
+        f"No checkpoint at {place_of(folder)}: there is no {folder}.metadata. List what there is",
         bucket=folder.bucket,
         key=folder.key,
     )

@@ -57,7 +57,7 @@ class S3StorageWriter(FileSystemWriter):
     deleted afterwards.
 
     Args:
-        region: The bucket's region.
+        region: The bucket's region; None as in `S3Client`.
         path: The checkpoint's place, `s3://bucket/prefix`.
         s3client_config: Settings of the client.
         prefix_strategy: Spreads the data objects over key prefixes; by default they are all under
@@ -308,5 +308,5 @@ def _check_complete(metadata: Metadata) -> None:
         names = ", ".join(sorted({index.fqn for index in missing})[:3])
         raise IncompleteSaveError(
             f"{len(missing)} items were planned but not written, {names} among them: nothing was "
-            "published"
+            "published, save again"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import s3torchconnector
 
 from s3dcp import S3ClientConfig, S3ConfigError, S3Exception
+from s3dcp._loop_thread import worker_count
 
 MiB = 1 << 20
 GiB = 1 << 30
@@ -142,48 +144,62 @@ def test_a_replacement_is_checked_too() -> None:
         dataclasses.replace(S3ClientConfig(unsigned=True), requester_pays=True)
 
 
-class TestConnections:
+class TestShares:
+    """Defaults are a node's, and each of its ranks has its part; what was given is a process's."""
+
+    @pytest.mark.parametrize(
+        ("ranks", "connections", "memory", "workers"),
+        [
+            (None, 50, 64 * MiB, 4),  # 1.25 GB/s, at 25 MB/s each
+            ("1", 50, 64 * MiB, 4),
+            ("2", 25, 64 * MiB, 4),
+            ("4", 12, 64 * MiB, 4),
+            ("8", 8, 64 * MiB, 2),
+            ("16", 8, 32 * MiB, 1),
+            ("64", 8, 16 * MiB, 1),  # never less
+            ("many", 50, 64 * MiB, 4),
+            ("0", 50, 64 * MiB, 4),
+        ],
+    )
+    def test_by_default(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        ranks: str | None,
+        connections: int,
+        memory: int,
+        workers: int,
+    ) -> None:
+        monkeypatch.setattr(os, "cpu_count", lambda: 16)
+        if ranks is not None:
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        config = S3ClientConfig()
+
+        assert (config.connections(), config.memory_bytes()) == (connections, memory)
+        assert worker_count() == workers
+        given = S3ClientConfig(max_connections=3, memory_budget_bytes=MiB)
+        assert (given.connections(), given.memory_bytes()) == (3, MiB)
+
     @pytest.mark.parametrize(
         ("gbps", "ranks", "connections"),
         [
-            (10.0, None, 50),  # 1.25 GB/s, at 25 MB/s each
-            (10.0, "1", 50),
             (50.0, "2", 125),
             (100.0, "8", 62),
-            (10.0, "8", 8),  # never less
-            (0.1, None, 8),
-            (400.0, None, 256),  # never more
-            (10.0, "many", 50),
-            (10.0, "0", 50),
+            (0.1, "1", 8),  # never less
+            (400.0, "1", 256),  # never more
         ],
     )
-    def test_they_follow_the_ranks_share_of_the_link(
-        self, monkeypatch: pytest.MonkeyPatch, gbps: float, ranks: str | None, connections: int
+    def test_connections_follow_the_link(
+        self, monkeypatch: pytest.MonkeyPatch, gbps: float, ranks: str, connections: int
     ) -> None:
-        if ranks is not None:
-            monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
         assert S3ClientConfig(throughput_target_gbps=gbps).connections() == connections
 
-    def test_a_given_number_is_one_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-        assert S3ClientConfig(max_connections=3).connections() == 3
-
-
-class TestMemory:
-    @pytest.mark.parametrize(
-        ("ranks", "size"),
-        [(None, 64 * MiB), ("8", 64 * MiB), ("16", 32 * MiB), ("64", 16 * MiB)],
-    )
-    def test_it_is_the_ranks_share(
-        self, monkeypatch: pytest.MonkeyPatch, ranks: str | None, size: int
+    @pytest.mark.parametrize(("cores", "workers"), [(None, 1), (1, 1), (2, 2), (96, 4)])
+    def test_workers_follow_the_cores(
+        self, monkeypatch: pytest.MonkeyPatch, cores: int | None, workers: int
     ) -> None:
-        if ranks is not None:
-            monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
-        assert S3ClientConfig().memory_bytes() == size
-
-    def test_a_given_budget_is_one_process(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
-        assert S3ClientConfig(memory_budget_bytes=MiB).memory_bytes() == MiB
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        assert worker_count() == workers
 
 
 def test_every_setting_is_documented() -> None:

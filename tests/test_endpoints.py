@@ -153,7 +153,25 @@ class TestAwsAddresses:
         assert get("mine") == b"body"
         assert scripted.requests[1].headers["host"] == "mine.s3.dualstack.eu-west-1.amazonaws.com"
 
-    def test_a_bucket_is_not_followed_to_its_region(self, aws: Aws) -> None:
+    @pytest.mark.parametrize(
+        ("status", "code"),
+        [(301, "PermanentRedirect"), (307, "TemporaryRedirect")],
+    )
+    def test_without_a_region_it_is_the_buckets(self, aws: Aws, status: int, code: str) -> None:
+        """It is asked for at the global address, and followed to its own; later ones go there."""
+
+        def handler(request: Request) -> bytes:
+            if request.headers["host"] == "mine.s3.amazonaws.com":
+                return error(status, code, x_amz_bucket_region=REGION)
+            return body(request)
+
+        scripted = aws(handler)
+        for _ in range(2):
+            assert get("mine", region=None) == b"body"
+        hosts = [each.headers["host"] for each in scripted.requests if each.method == "GET"]
+        assert hosts == ["mine.s3.amazonaws.com", *["mine.s3.eu-west-1.amazonaws.com"] * 2]
+
+    def test_a_bucket_is_not_followed_from_a_region_that_was_given(self, aws: Aws) -> None:
         """The user is told: requests across regions cost money, and there would be thousands."""
         headers = {"x_amz_bucket_region": "eu-central-1"}
         scripted = aws(lambda _: error(301, "PermanentRedirect", **headers))

@@ -176,10 +176,10 @@ def refused(
 @pytest.mark.parametrize(
     ("code", "status", "kind", "hint"),
     [
-        ("NoSuchKey", 404, s3dcp.ObjectNotFoundError, None),
-        ("NoSuchUpload", 404, s3dcp.ObjectNotFoundError, None),
-        ("NoSuchVersion", 404, s3dcp.ObjectNotFoundError, None),
-        ("404", 404, s3dcp.ObjectNotFoundError, None),  # a HEAD's
+        ("NoSuchKey", 404, s3dcp.ObjectNotFoundError, "which checkpoints are complete"),
+        ("NoSuchUpload", 404, s3dcp.ObjectNotFoundError, "a lifecycle rule"),
+        ("NoSuchVersion", 404, s3dcp.ObjectNotFoundError, "which checkpoints are complete"),
+        ("404", 404, s3dcp.ObjectNotFoundError, "which checkpoints are complete"),  # a HEAD's
         ("NoSuchBucket", 404, s3dcp.BucketNotFoundError, "create the bucket"),
         ("AccessDenied", 403, s3dcp.AccessDeniedError, "s3:PutObject"),
         ("AllAccessDisabled", 403, s3dcp.AccessDeniedError, "check the policy"),
@@ -187,7 +187,9 @@ def refused(
         ("SomethingNew", 403, s3dcp.AccessDeniedError, "check the policy"),
         ("InvalidAccessKeyId", 403, s3dcp.S3CredentialsError, "AWS_ACCESS_KEY_ID"),
         ("SignatureDoesNotMatch", 403, s3dcp.S3CredentialsError, "AWS_SECRET_ACCESS_KEY"),
-        ("ExpiredToken", 400, s3dcp.S3CredentialsError, "a profile, or a role"),
+        ("ExpiredToken", 400, s3dcp.S3CredentialsError, "renew the credentials"),
+        ("RequestTimeTooSkewed", 403, s3dcp.AccessDeniedError, "clock"),
+        ("InvalidObjectState", 403, s3dcp.AccessDeniedError, "restore the object"),
         ("InvalidToken", 400, s3dcp.S3CredentialsError, "unsigned=True"),
         ("TokenRefreshRequired", 400, s3dcp.S3CredentialsError, "a role"),
         ("PermanentRedirect", 301, s3dcp.WrongRegionError, "the bucket's own region"),
@@ -196,48 +198,46 @@ def refused(
         ("307", 307, s3dcp.WrongRegionError, "the bucket's own region"),
         ("AuthorizationHeaderMalformed", 400, s3dcp.WrongRegionError, "own region"),
         ("IllegalLocationConstraintException", 400, s3dcp.WrongRegionError, "own region"),
-        ("PreconditionFailed", 412, s3dcp.PreconditionFailedError, None),
-        ("412", 412, s3dcp.PreconditionFailedError, None),
-        ("304", 304, s3dcp.PreconditionFailedError, None),
-        ("ConditionalRequestConflict", 409, s3dcp.ConflictError, None),
-        ("OperationAborted", 409, s3dcp.ConflictError, None),
-        ("409", 409, s3dcp.ConflictError, None),
-        ("SlowDown", 503, s3dcp.ThrottledError, None),
-        ("ServiceUnavailable", 503, s3dcp.ThrottledError, None),
-        ("503", 503, s3dcp.ThrottledError, None),
-        ("RequestLimitExceeded", 503, s3dcp.ThrottledError, None),
-        ("BandwidthLimitExceeded", 503, s3dcp.ThrottledError, None),
-        ("Throttling", 400, s3dcp.ThrottledError, None),
-        ("ThrottlingException", 400, s3dcp.ThrottledError, None),
-        ("TooManyRequestsException", 429, s3dcp.ThrottledError, None),
-        ("429", 429, s3dcp.ThrottledError, None),
-        ("InternalError", 500, s3dcp.ServerError, None),
-        ("InternalError", 200, s3dcp.ServerError, None),  # after CompleteMultipartUpload's 200
-        ("502", 502, s3dcp.ServerError, None),
-        ("504", 504, s3dcp.ServerError, None),
-        ("RequestTimeout", 400, s3dcp.ServerError, None),
-        ("IncompleteBody", 400, s3dcp.ServerError, None),
-        ("BadDigest", 400, s3dcp.ServerError, None),
-        ("XAmzContentChecksumMismatch", 400, s3dcp.ServerError, None),
-        ("XAmzContentSHA256Mismatch", 400, s3dcp.ServerError, None),
-        ("NotImplemented", 501, s3dcp.S3ServiceError, None),
-        ("InvalidArgument", 400, s3dcp.S3ServiceError, None),
-        ("400", 400, s3dcp.S3ServiceError, None),
-        ("InvalidRange", 416, s3dcp.S3ServiceError, None),
-        ("EntityTooLarge", 400, s3dcp.S3ServiceError, None),
+        ("PreconditionFailed", 412, s3dcp.PreconditionFailedError, "read it again"),
+        ("412", 412, s3dcp.PreconditionFailedError, "read it again"),
+        ("304", 304, s3dcp.PreconditionFailedError, "read it again"),
+        ("ConditionalRequestConflict", 409, s3dcp.ConflictError, "one client at a time"),
+        ("OperationAborted", 409, s3dcp.ConflictError, "one client at a time"),
+        ("409", 409, s3dcp.ConflictError, "one client at a time"),
+        ("SlowDown", 503, s3dcp.ThrottledError, "a prefix strategy"),
+        ("ServiceUnavailable", 503, s3dcp.ThrottledError, "a prefix strategy"),
+        ("503", 503, s3dcp.ThrottledError, "a prefix strategy"),
+        ("RequestLimitExceeded", 503, s3dcp.ThrottledError, "a prefix strategy"),
+        ("BandwidthLimitExceeded", 503, s3dcp.ThrottledError, "a prefix strategy"),
+        ("Throttling", 400, s3dcp.ThrottledError, "a prefix strategy"),
+        ("ThrottlingException", 400, s3dcp.ThrottledError, "a prefix strategy"),
+        ("TooManyRequestsException", 429, s3dcp.ThrottledError, "a prefix strategy"),
+        ("429", 429, s3dcp.ThrottledError, "a prefix strategy"),
+        ("InternalError", 500, s3dcp.ServerError, "try again later"),
+        # After CompleteMultipartUpload's 200.
+        ("InternalError", 200, s3dcp.ServerError, "try again later"),
+        ("502", 502, s3dcp.ServerError, "try again later"),
+        ("504", 504, s3dcp.ServerError, "try again later"),
+        ("RequestTimeout", 400, s3dcp.ServerError, "try again later"),
+        ("IncompleteBody", 400, s3dcp.ServerError, "try again later"),
+        ("BadDigest", 400, s3dcp.ServerError, "try again later"),
+        ("XAmzContentChecksumMismatch", 400, s3dcp.ServerError, "try again later"),
+        ("XAmzContentSHA256Mismatch", 400, s3dcp.ServerError, "try again later"),
+        ("NotImplemented", 501, s3dcp.S3ServiceError, "look the code up"),
+        ("InvalidArgument", 400, s3dcp.S3ServiceError, "look the code up"),
+        ("400", 400, s3dcp.S3ServiceError, "look the code up"),
+        ("InvalidRange", 416, s3dcp.S3ServiceError, "look the code up"),
+        ("EntityTooLarge", 400, s3dcp.S3ServiceError, "look the code up"),
     ],
 )
-def test_an_answer(code: str, status: int, kind: type[s3dcp.S3Exception], hint: str | None) -> None:
+def test_an_answer(code: str, status: int, kind: type[s3dcp.S3Exception], hint: str) -> None:
     error = map_error(refused(code, status), "GetObject", URI)
 
     assert type(error) is kind
     text = str(error)
     assert text.startswith(f"GetObject s3://bucket/run/.metadata failed: {code} ({status})")
     assert "said the store" in text
-    if hint is None:
-        assert "To mend it" not in text
-    else:
-        assert hint in text.partition("To mend it, ")[2]
+    assert hint in text.partition("To mend it, ")[2]
     assert vars(error) == {
         "message": text,
         "operation": "GetObject",
@@ -313,21 +313,21 @@ def _caused(
         (
             _caused(boto.ConnectionClosedError, aiohttp.ServerDisconnectedError(), request=None),
             s3dcp.S3ConnectionError,
-            "",
+            "check the network",
         ),
-        (aiohttp.ClientPayloadError("cut"), s3dcp.S3ConnectionError, ""),
-        (ConnectionResetError(104, "reset"), s3dcp.S3ConnectionError, ""),
-        (_caused(boto.HTTPClientError, OSError("x")), s3dcp.S3ConnectionError, ""),
+        (aiohttp.ClientPayloadError("cut"), s3dcp.S3ConnectionError, "check the network"),
+        (ConnectionResetError(104, "reset"), s3dcp.S3ConnectionError, "check the network"),
+        (_caused(boto.HTTPClientError, OSError("x")), s3dcp.S3ConnectionError, "check the network"),
         (
             _caused(boto.HTTPClientError, FileNotFoundError(2, "x")),
             s3dcp.S3ConfigError,
             "ca_bundle",
         ),
         (_caused(boto.HTTPClientError, ssl.SSLError("x")), s3dcp.S3ConfigError, "AWS_CA_BUNDLE"),
-        (ResponseParserError("no XML"), s3dcp.S3ProtocolError, ""),
-        (boto.NoRegionError(), s3dcp.S3ConfigError, ""),
-        (boto.ParamValidationError(report="bad"), s3dcp.S3ConfigError, ""),
-        (ValueError("Invalid endpoint: x"), s3dcp.S3ConfigError, ""),
+        (ResponseParserError("no XML"), s3dcp.S3ProtocolError, "a proxy"),
+        (boto.NoRegionError(), s3dcp.S3ConfigError, "correct S3ClientConfig"),
+        (boto.ParamValidationError(report="bad"), s3dcp.S3ConfigError, "correct S3ClientConfig"),
+        (ValueError("Invalid endpoint: x"), s3dcp.S3ConfigError, "correct S3ClientConfig"),
         (KeyError("x"), s3dcp.S3Exception, ""),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else None,
@@ -366,7 +366,10 @@ class TestMapped:
             with pytest.raises(s3dcp.S3TimeoutError) as caught, mapped(operation, URI):
                 raise error
             assert caught.value is error
-        assert str(error) == "GetObject s3://bucket/run/.metadata: nothing came"
+        assert str(error) == (
+            "GetObject s3://bucket/run/.metadata failed: nothing came. To mend it, check the "
+            "endpoint and the network, or raise the timeouts in S3ClientConfig"
+        )
         assert (error.operation, error.bucket, error.key) == ("GetObject", "bucket", URI.key)
 
     @pytest.mark.parametrize("raised", [asyncio.CancelledError, KeyboardInterrupt, GeneratorExit])

@@ -311,7 +311,7 @@ class TestListings:
         self, keys: set[str], prefix: str, delimiter: str, size: int
     ) -> None:
         stored = StoredObject(blob=Blob(), etag='"e"', headers={})
-        bucket = Bucket(objects=dict.fromkeys(keys, stored))
+        bucket = Bucket("us-east-1", objects=dict.fromkeys(keys, stored))
         query = {"list-type": "2", "prefix": prefix, "delimiter": delimiter, "max-keys": str(size)}
         found: list[str] = []
         while True:

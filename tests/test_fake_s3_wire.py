@@ -96,7 +96,6 @@ class TestSignatures:
         [
             ({"secret_key": "wrong"}, (403, "SignatureDoesNotMatch")),
             ({"access_key": "WRONG"}, (403, "InvalidAccessKeyId")),
-            ({"region": "eu-west-1"}, (400, "AuthorizationHeaderMalformed")),
         ],
     )
     def test_wrong_credentials(
@@ -109,6 +108,21 @@ class TestSignatures:
         wrong += [expected[1]]
 
         assert self.answered(fake, signed(fake, "GET", f"/{BUCKET}/k", b"", **settings)) == expected
+
+    def test_another_region(self, fake: FakeS3) -> None:
+        """What was sent to this endpoint is sent away; what was signed wrongly, refused."""
+        fake.create_bucket("away", "eu-west-1")
+        cases: dict[tuple[str, str], tuple[int, str]] = {
+            (BUCKET, "us-east-1"): (404, "NoSuchKey"),
+            (BUCKET, "eu-west-1"): (400, "AuthorizationHeaderMalformed"),
+            ("away", "us-east-1"): (301, "PermanentRedirect"),
+            ("away", "eu-west-1"): (404, "NoSuchKey"),
+            ("away", "sa-east-1"): (400, "AuthorizationHeaderMalformed"),
+        }
+        for (bucket, region), expected in cases.items():
+            asked = signed(fake, "GET", f"/{bucket}/k", b"", region=region)
+            assert self.answered(fake, asked) == expected
+        assert not fake.violations
 
     @pytest.mark.parametrize(
         ("before", "after", "expected"),

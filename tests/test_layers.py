@@ -14,7 +14,7 @@ PACKAGE = Path(s3dcp.__file__).parent
 # A module imports from rows above its own, or from modules to its left in its row.
 ROWS = {
     # Errors stand above the portal, whose own are among them: users catch one tree.
-    "errors": ["_errors", "_waiting", "_collector"],
+    "errors": ["_errors", "_node", "_waiting", "_collector"],
     "portal": ["_calls", "_workers", "_loop_thread", "_cancellation", "_portal", "_budget"],
     "values": ["_config", "_keys", "_store"],
     "pure": ["_checksums", "_ranges", "_commit", "_inventory", "_opcodes"],
@@ -25,7 +25,8 @@ ROWS = {
         *("_report", "_progress", "_telemetry", "_recording"),
         *("_s3client", "_prefixes", "_streams", "_readers", "_ranged_reader", "_dcp_reader"),
         *("_constructors", "_transfers", "_filesystem", "_landing", "_saving", "_loading"),
-        *("_writer", "_reader", "_planner", "_checkpoint", "_survey", "_catalog", "_verifying"),
+        *("_writer", "_reader", "_group_reader", "_planner", "_checkpoint"),
+        *("_survey", "_catalog", "_verifying"),
     ],
     "cli": ["_cli", "__main__"],
 }

@@ -83,7 +83,8 @@ class Exchange:
     def _check_head(self) -> None:
         headers, operation = self.head.headers, self.request.operation
         if "authorization" in headers or not self.anonymous:
-            self._signed = self.verifier.verify_head(self.request)
+            region = self.s3.region_of(self.request.bucket)
+            self._signed = self.verifier.verify_head(self.request, region)
         self.s3.check(self.request)
         if operation not in {"PutObject", "UploadPart"}:
             return

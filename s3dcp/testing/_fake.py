@@ -53,7 +53,7 @@ class FakeS3:
 
     Attributes:
         access_key: The only one that is accepted.
-        region: The region to sign for, and the only one that is accepted.
+        region: The region to sign for; another one is refused.
         rules: The faults that were injected, in the order in which they are tried.
     """
 
@@ -260,15 +260,20 @@ class FakeS3:
 
     # What is stored.
 
-    def create_bucket(self, name: str) -> None:
+    def create_bucket(self, name: str, region: str | None = None) -> None:
         """Make a bucket; nothing if it exists.
+
+        Args:
+            name: Its name.
+            region: Where it is, if not in the server's own region. As S3 does, the server then
+                sends away (301) what was signed for its own; it plays the other endpoint, too.
 
         Raises:
             LocalServerError: S3 does not allow the name.
         """
         if not valid_bucket(name):
             raise LocalServerError(f"S3 allows no bucket to be called {name!r}")
-        self._on_loop(lambda: self._s3.buckets.setdefault(name, Bucket()))
+        self._on_loop(lambda: self._s3.buckets.setdefault(name, Bucket(region or self.region)))
 
     def keys(self, bucket: str, prefix: str = "") -> list[str]:
         """Return the keys of a bucket's objects, in order."""

@@ -84,8 +84,13 @@ class Upload:
 
 @dataclass(slots=True)
 class Bucket:
-    """Objects and uploads by key and by id."""
+    """Objects and uploads by key and by id.
 
+    Attributes:
+        region: Where it is.
+    """
+
+    region: str
     created: datetime = field(default_factory=now)
     objects: dict[str, StoredObject] = field(default_factory=dict)
     uploads: dict[str, Upload] = field(default_factory=dict)

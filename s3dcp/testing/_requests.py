@@ -41,6 +41,7 @@ _ORDINARY = frozenset(
         "NoSuchKey",
         "NoSuchUpload",
         "NotModified",
+        "PermanentRedirect",
         "PreconditionFailed",
     }
 )
@@ -76,7 +77,8 @@ class S3Error(Exception):
     @property
     def ordinary(self) -> bool:
         """Whether a client without faults may be answered like this."""
-        return self.code in _ORDINARY
+        # Where a bucket is may be found out by asking in the wrong region.
+        return self.code in _ORDINARY or "Region" in self.fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -137,6 +137,11 @@ class S3:
                 "NoSuchBucket", "The specified bucket does not exist", BucketName=name
             ) from None
 
+    def region_of(self, name: str) -> str:
+        """Return where a bucket is; here, if there is none."""
+        found = self.buckets.get(name)
+        return found.region if found else self.options.region
+
     def object(self, bucket: str, key: str) -> StoredObject:
         """Return an object that must be there."""
         try:
@@ -284,7 +289,7 @@ class S3:
             raise S3Error("InvalidBucketName", "The specified bucket is not valid.")
         if request.bucket in self.buckets:
             raise S3Error("BucketAlreadyOwnedByYou", "You already own it.")
-        self.buckets[request.bucket] = Bucket()
+        self.buckets[request.bucket] = Bucket(self.options.region)
         return Response(200, {"Location": f"/{request.bucket}"})
 
     def _delete_bucket(self, request: Request, _: Body) -> Response:
@@ -294,12 +299,10 @@ class S3:
         return Response(204)
 
     def _head_bucket(self, request: Request, _: Body) -> Response:
-        self.bucket(request.bucket)
-        return Response(200, {"x-amz-bucket-region": self.options.region})
+        return Response(200, {"x-amz-bucket-region": self.bucket(request.bucket).region})
 
     def _location(self, request: Request, _: Body) -> Response:
-        self.bucket(request.bucket)
-        return xml("LocationConstraint", self.options.region)
+        return xml("LocationConstraint", self.bucket(request.bucket).region)
 
     def _list_buckets(self, request: Request, _: Body) -> Response:
         prefix = request.query.get("prefix", "")

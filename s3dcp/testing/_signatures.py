@@ -51,6 +51,7 @@ class Verifier:
     """Knows one pair of credentials.
 
     Args:
+        region: Of the endpoint.
         session_token: The token that must come with them, if any.
     """
 
@@ -59,8 +60,12 @@ class Verifier:
     region: str
     session_token: str | None = None
 
-    def verify_head(self, request: Request) -> Signed:
+    def verify_head(self, request: Request, region: str) -> Signed:
         """Check the signature of a request's head.
+
+        Args:
+            request: What is asked for.
+            region: Where its bucket is.
 
         Raises:
             S3Error: It is missing, malformed, stale, or wrong.
@@ -80,14 +85,8 @@ class Verifier:
             )
         if headers.get("x-amz-security-token") != self.session_token:
             raise S3Error("InvalidToken", "The provided token is malformed or otherwise invalid.")
-        if found["region"] != self.region:
-            raise S3Error(
-                "AuthorizationHeaderMalformed",
-                "The authorization header is malformed; "
-                f"the region '{found['region']}' is wrong; expecting '{self.region}'",
-                headers={"x-amz-bucket-region": self.region},
-                Region=self.region,
-            )
+        if found["region"] != region:
+            raise self._elsewhere(request.bucket, found["region"], region)
         time = headers.get("x-amz-date", "")
         _verify_time(time, found["day"])
         payload = headers.get("x-amz-content-sha256", "")
@@ -95,8 +94,8 @@ class Verifier:
             raise S3Error("InvalidRequest", "Missing or invalid header: x-amz-content-sha256")
         names = found["headers"].split(";")
         _verify_names(names, headers)
-        scope = f"{found['day']}/{self.region}/s3/aws4_request"
-        signing_key = _signing_key(self.secret_key, found["day"], self.region)
+        scope = f"{found['day']}/{region}/s3/aws4_request"
+        signing_key = _signing_key(self.secret_key, found["day"], region)
         canonical = _canonical(request, names, payload)
         hashed = hashlib.sha256(canonical.encode("latin-1")).hexdigest()
         wanted = _sign(signing_key, _SCHEME, time, scope, hashed)
@@ -108,6 +107,25 @@ class Verifier:
             )
         return Signed(
             payload=payload, time=time, scope=scope, signing_key=signing_key, signature=wanted
+        )
+
+    def _elsewhere(self, bucket: str, signed_for: str, region: str) -> S3Error:
+        headers = {"x-amz-bucket-region": region}
+        if signed_for == self.region:  # so it was sent to this endpoint, and not to the bucket's
+            return S3Error(
+                "PermanentRedirect",
+                "The bucket you are attempting to access must be addressed using the specified "
+                "endpoint. Please send all future requests to this endpoint.",
+                headers=headers,
+                Endpoint=f"{bucket}.s3.{region}.amazonaws.com",
+                Bucket=bucket,
+            )
+        return S3Error(
+            "AuthorizationHeaderMalformed",
+            "The authorization header is malformed; "
+            f"the region '{signed_for}' is wrong; expecting '{region}'",
+            headers=headers,
+            Region=region,
         )
 
 

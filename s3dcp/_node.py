@@ -1,0 +1,13 @@
+"""What the ranks of a node share."""
+
+from __future__ import annotations
+
+import os
+
+
+def local_world_size() -> int:
+    """Return how many ranks this node has, as torchrun says; 1 if nobody does."""
+    try:
+        return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
+    except ValueError:
+        return 1

@@ -19,7 +19,8 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from s3dcp._commit import data_name, deletions, metadata_name
+from s3dcp._calls import Call
+from s3dcp._commit import Found, data_name, deletions, metadata_name
 from s3dcp._config import S3ClientConfig
 from s3dcp._errors import (
     CorruptMetadataError,
@@ -31,7 +32,7 @@ from s3dcp._filesystem import S3FileSystem
 from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
 from s3dcp._metadata import dump_metadata, load_metadata
 from s3dcp._prefixes import DefaultPrefixStrategy, S3PrefixStrategyBase
-from s3dcp._publish import already_exists, delete_quietly, publish
+from s3dcp._publish import already_exists, delete_quietly, publish, read
 from s3dcp._saving import SavedItems
 from s3dcp._tally import Tally, Totals
 from s3dcp._torch_internals import CURRENT_DCP_VERSION, _split_by_size_and_type, _StorageInfo
@@ -93,6 +94,7 @@ class S3StorageWriter(FileSystemWriter):
         self.prefix_strategy = prefix_strategy or DefaultPrefixStrategy()
         self._is_coordinator = True
         self._tally = Tally()
+        self._look: Call[Found | None] | None = None  # at what the commit may replace
 
     @property
     def totals(self) -> Totals:
@@ -102,13 +104,14 @@ class S3StorageWriter(FileSystemWriter):
     def __getstate__(self) -> dict[str, Any]:
         # A process-based `async_save` pickles the writer for every save; what it has staged is
         # sent by itself.
-        return self.__dict__ | {"state_dict_cache": None, "_tally": Tally()}
+        return self.__dict__ | {"state_dict_cache": None, "_tally": Tally(), "_look": None}
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Take note of this rank's part in the save."""
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
         self._is_coordinator = is_coordinator
         self._tally = Tally()
+        self._look = None
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Copy the state dict to the CPU for an asynchronous save."""
@@ -127,10 +130,11 @@ class S3StorageWriter(FileSystemWriter):
         alone = not self.use_collectives
         if self._is_coordinator or alone:
             uri = self._metadata_uri()
-            if self.fs.exists(str(uri)):
-                if not self.overwrite:
-                    raise already_exists(uri)
-                _log.info("replacing the checkpoint at %s", self.path)
+            portal, channel = self.fs.client.connect(self._tally)
+            # If it may be replaced, what is there is not needed before the commit.
+            self._look = portal.submit(read, channel, uri)
+            if not self.overwrite and portal.wait(self._look) is not None:
+                raise already_exists(uri)
             if alone and self.fs.exists(self.fs.concat_path(self.path, metadata_name())):
                 _log.warning(
                     "%s holds a checkpoint that was saved with collectives, which loads will find "
@@ -169,7 +173,9 @@ class S3StorageWriter(FileSystemWriter):
             files.append((S3Uri(base.bucket, key), name, items))
         portal, channel = self.fs.client.connect(self._tally)
         config = self.fs.client.s3client_config
-        saved = SavedItems(portal, channel, config, planner, self.transforms).write(files)
+        saved = SavedItems(portal, channel, config, planner, self.transforms).write(
+            files, after=self._look
+        )
         _log.info("wrote %d items to %s: %s", len(saved), self.path, self.totals)
         # Objects without items are named as well: what is not named outlives its checkpoint.
         saved += [
@@ -204,8 +210,10 @@ class S3StorageWriter(FileSystemWriter):
             uri,
             dump_metadata(metadata),
             overwrite=self.overwrite,
+            looks=[self._look.result()] if self._look is not None and self._look.done else [],
             objects=self._uris({info.relative_path for info in metadata.storage_data.values()}),
         )
+        self._look = None
         if replaced is not None:
             self._delete_replaced(replaced.body, metadata, uri)
         _log.info("committed %s: %s", uri, self.totals)

@@ -16,6 +16,7 @@ from aiohttp.payload import Payload
 
 from s3dcp._sockets import lent_socket, send
 from s3dcp._store import Views
+from s3dcp._turns import Turns
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
@@ -37,12 +38,16 @@ class ViewsPayload(Payload):
     Args:
         views: The body. Held until the request has ended.
         stall_timeout_s: Seconds that the peer may go without taking a byte.
+        turns: Of the requests on this loop.
     """
 
-    def __init__(self, views: Views, stall_timeout_s: float) -> None:
+    def __init__(
+        self, views: Views, stall_timeout_s: float, turns: Turns | None = None
+    ) -> None:
         self._views = [view for view in views if view.nbytes]
         self._nbytes = sum(view.nbytes for view in self._views)
         self._stall_timeout_s = stall_timeout_s
+        self._turns = turns or Turns()
         self.stalled = False
         super().__init__(None, content_type="application/octet-stream")
         self._size = self._nbytes
@@ -104,6 +109,7 @@ class ViewsPayload(Payload):
         lent = lent_socket(transport) if rest and transport is not None else None
         if transport is None or lent is None:
             await writer.write(first)
+            await self._turns.send()
             for step in steps(rest):
                 await writer.write(step)
                 moved()
@@ -112,6 +118,7 @@ class ViewsPayload(Payload):
             transport.set_write_buffer_limits(high=0)  # so that to drain is to send all
             await writer.write(first)
             await writer.drain()
+            await self._turns.send()
             await send(rest, lent, transport, moved)
             transport.set_write_buffer_limits()
 

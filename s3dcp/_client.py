@@ -49,6 +49,7 @@ from s3dcp._store import (
     UploadInfo,
     Views,
 )
+from s3dcp._turns import Turns
 
 _log = logging.getLogger("s3dcp.client")
 
@@ -72,7 +73,7 @@ class S3Store:
         self._exit = contextlib.AsyncExitStack()
         self._client: Any = None
         self._opening = asyncio.Lock()
-        self._turn = asyncio.Lock()
+        self._turns = Turns()
         self.conditional_writes = config.conditional_writes
 
     async def open(self) -> None:
@@ -325,7 +326,7 @@ class S3Store:
     async def _send(
         self, operation: str, method: str, uri: S3Uri, body: Views, **args: object
     ) -> dict[str, Any]:
-        payload = ViewsPayload(body, self._idle_s)
+        payload = ViewsPayload(body, self._idle_s, self._turns)
         try:
             with mapped(operation, uri):
                 # aiohttp writes nothing for a payload of no bytes, and botocore wants a body.
@@ -351,10 +352,7 @@ class S3Store:
 
     async def _call(self, method: str, uri: S3Uri, **args: object) -> dict[str, Any]:
         client = await self._opened()
-        # botocore takes 1 ms of the loop's thread to make a request: one for each round of the
-        # loop, so that what arrives meanwhile is not kept waiting by all the others.
-        async with self._turn:
-            await asyncio.sleep(0)
+        await self._turns.make()
         answer: dict[str, Any] = await getattr(client, method)(
             Bucket=uri.bucket, Key=uri.key, **args
         )

@@ -168,12 +168,14 @@ class LoadedItems:
         total = sum(item.missing_bytes for item in items)
         self._meter.expect(total)
         size = span_bytes(total, self._part_bytes, self._channel.slots.count)
-        # What one span carries may all need buffers.
-        size = min(size, max(self._budget_bytes // 2, MiB))
+        # What one span carries may all need buffers: an item that it carries a part of, a whole one.
+        most = max(self._budget_bytes // 2, MiB)
         spans = [
             (uri, span)
             for uri, wanted in wants.items()
-            for span in coalesce(wanted, max_gap=self._max_gap_bytes, max_span=size)
+            for span in coalesce(
+                wanted, max_gap=self._max_gap_bytes, max_span=min(size, most), max_shared=most
+            )
         ]
         # The largest items first, so that no large one is left to be waited for alone at the end;
         # and each item's spans together, so that it gives its buffer back before others take one.

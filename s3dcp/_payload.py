@@ -16,6 +16,7 @@ from aiohttp.payload import Payload
 
 from s3dcp._sockets import lent_socket, send
 from s3dcp._store import Views
+from s3dcp._turns import Turns
 
 if TYPE_CHECKING:
     from aiohttp.abc import AbstractStreamWriter
@@ -37,6 +38,7 @@ class ViewsPayload(Payload):
     Args:
         views: The body. Held until the request has ended.
         stall_timeout_s: Seconds that the peer may go without taking a byte.
+        turns: Of the requests on this loop.
 
     Attributes:
         stalled: Whether it has gone for longer.
@@ -44,10 +46,13 @@ class ViewsPayload(Payload):
             of the loop as the last byte goes, so this is counted where that happens.
     """
 
-    def __init__(self, views: Views, stall_timeout_s: float) -> None:
+    def __init__(
+        self, views: Views, stall_timeout_s: float, turns: Turns | None = None
+    ) -> None:
         self._views = [view for view in views if view.nbytes]
         self._nbytes = sum(view.nbytes for view in self._views)
         self._stall_timeout_s = stall_timeout_s
+        self._turns = turns or Turns()
         self.stalled = False
         self.unsent_bytes = self._nbytes
         super().__init__(None, content_type="application/octet-stream")
@@ -114,6 +119,7 @@ class ViewsPayload(Payload):
         if transport is None or lent is None:
             moved(len(first))
             await writer.write(first)
+            await self._turns.send()
             for step in steps(rest):
                 moved(len(step))
                 await writer.write(step)
@@ -123,6 +129,7 @@ class ViewsPayload(Payload):
             moved(len(first))
             await writer.write(first)
             await writer.drain()
+            await self._turns.send()
             await send(rest, lent, transport, moved)
             transport.set_write_buffer_limits()
 

@@ -56,7 +56,13 @@ async def read(channel: Channel, uri: S3Uri) -> Found | None:
 
 
 async def publish(
-    channel: Channel, uri: S3Uri, body: bytes, *, overwrite: bool, objects: Sequence[S3Uri] = ()
+    channel: Channel,
+    uri: S3Uri,
+    body: bytes,
+    *,
+    overwrite: bool,
+    looks: Sequence[Found | None] = (),
+    objects: Sequence[S3Uri] = (),
 ) -> Found | None:
     """Put `body` at `uri` as the whole commit, and return what it replaced.
 
@@ -65,6 +71,7 @@ async def publish(
         uri: The key of `.metadata`.
         body: Its bytes, unlike any other save's.
         overwrite: Whether a checkpoint that is there may be replaced.
+        looks: What was there when the save began, if that is known.
         objects: What only `body` refers to: deleted if it is certain not to be published.
 
     Raises:
@@ -82,8 +89,11 @@ async def publish(
     ended = False
     guarded = True  # whether every attempt had a condition
     started_s = channel.retry.clock()
+    # An old look will do if a condition holds the PUT to it, or anything may be replaced; in a store
+    # without conditions, a checkpoint that came since then loses its place, and keeps its objects.
+    known_looks = list(looks) if overwrite or channel.store.conditional_writes else []
     while True:
-        found = await _read_back(channel, uri, attempts)
+        found = known_looks.pop() if known_looks else await _read_back(channel, uri, attempts)
         step, condition = next_step(attempts, found)
         if step is Step.EXISTS:
             await delete_quietly(channel, objects)

@@ -5,6 +5,7 @@ Nothing here does I/O. Ranges are half-open; HTTP's inclusive form exists in `_c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -35,6 +36,9 @@ _MIN_BLOCK_BYTES = MiB
 # A read of some rows is widened to the edges of two blocks. With 1,024 of them that is within 5 %
 # for pieces from a 20th of the item on, for 8 KiB of metadata.
 _MAX_BLOCKS = 1024
+
+# A want of so many bytes is fetched by one request, where it may have so many.
+_LEAST_CUT_BYTES = MiB
 
 T = TypeVar("T")
 
@@ -93,7 +97,7 @@ def span_bytes(total_bytes: int, floor_bytes: int, connections: int) -> int:
 
     As for uploads: a request for every connection, and no larger than pays.
     """
-    return max(floor_bytes, MiB, min(total_bytes // connections, _PREFERRED_PART_BYTES))
+    return max(floor_bytes, MiB, min(-(-total_bytes // connections), _PREFERRED_PART_BYTES))
 
 
 def block_bytes(data_bytes: int, row_bytes: int) -> int | None:
@@ -186,40 +190,65 @@ class Span(Generic[T]):
         return self.end - self.start
 
 
-def coalesce(wants: Iterable[Want[T]], *, max_gap: float, max_span: int) -> list[Span[T]]:
+def coalesce(
+    wants: Iterable[Want[T]], *, max_gap: float, max_span: int, max_shared: float = math.inf
+) -> list[Span[T]]:
     """Plan the requests that fetch every want of one object.
 
-    Neighbours share a request while the gap between them is at most `max_gap`, and no more than a
-    request costs, and the span stays within `max_span`; a larger want is spread over several spans
-    of equal size. Wants that overlap are put in spans of their own, since a request's bytes go to
-    one place only.
+    Neighbours with a gap of at most `max_gap` between them, and no more than a request costs, are
+    read as one run. A run is divided into the fewest spans, of nearly equal size: a span may end
+    anywhere in a want of over a MiB, and between others. Wants that overlap are put in spans of
+    their own, since a request's bytes go to one place only.
 
     Args:
         wants: In any order; empty ones are dropped.
         max_gap: Bytes that may be read in vain to save a request.
         max_span: Bytes of one request at most.
+        max_shared: Wants of more bytes share no span with others.
     """
     max_gap = min(max_gap, REQUEST_COST_BYTES)
     spans: list[Span[T]] = []
-    pieces: list[Want[T]] = []
-
-    def flush() -> None:
-        if pieces:
-            spans.append(Span(pieces[0].start, pieces[-1].end, tuple(pieces)))
-            pieces.clear()
-
+    run: list[Want[T]] = []
     for want in sorted((w for w in wants if w.start < w.end), key=_bounds):
-        if pieces:
-            gap = want.start - pieces[-1].end
-            if not 0 <= gap <= max_gap or want.end - pieces[0].start > max_span:
-                flush()
-        if want.end - want.start > max_span:
-            pieces_of_want = even_ranges(want.start, want.end, max_span)
-            spans.extend(Span(a, b, (Want(a, b, want.owner),)) for a, b in pieces_of_want)
-            continue
-        pieces.append(want)
-    flush()
-    return spans
+        if run and not (
+            0 <= want.start - run[-1].end <= max_gap
+            and max(_size(want), _size(run[-1])) <= max_shared
+        ):
+            spans += _divided(run, max_span)
+            run = []
+        run.append(want)
+    return [*spans, *_divided(run, max_span)]
+
+
+def _divided(run: Sequence[Want[T]], max_span: int) -> Iterator[Span[T]]:
+    """Yield the spans of a run of wants."""
+    if not run:
+        return
+    edges = iter([end for _, end in even_ranges(run[0].start, run[-1].end, max_span)])
+    edge = next(edges)
+    pieces: list[Want[T]] = []
+    for want in run:
+        start = want.start
+        may_be_cut = _size(want) > min(max_span, _LEAST_CUT_BYTES)
+        is_behind = start >= edge  # as the one before could not be cut
+        if pieces and (is_behind or (not may_be_cut and want.end - pieces[0].start > max_span)):
+            yield _span(pieces)
+            pieces = []
+        if is_behind:
+            edge = next(each for each in edges if each > start)
+        while may_be_cut and edge < want.end:
+            yield _span([*pieces, Want(start, edge, want.owner)])
+            pieces, start, edge = [], edge, next(edges)
+        pieces.append(Want(start, want.end, want.owner))
+    yield _span(pieces)
+
+
+def _span(pieces: Sequence[Want[T]]) -> Span[T]:
+    return Span(pieces[0].start, pieces[-1].end, tuple(pieces))
+
+
+def _size(want: Want[T]) -> int:
+    return want.end - want.start
 
 
 def even_ranges(start: int, end: int, max_bytes: int) -> Sequence[tuple[int, int]]:

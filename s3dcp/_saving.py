@@ -13,6 +13,7 @@ import io
 import queue
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
@@ -180,11 +181,17 @@ class SavedItems:
         self._sent: queue.SimpleQueue[Call[list[int]]] = queue.SimpleQueue()
         self._files: list[_File] = []
 
-    def write(self, files: Sequence[tuple[S3Uri, str, Sequence[WriteItem]]]) -> list[WriteResult]:
+    def write(
+        self,
+        files: Sequence[tuple[S3Uri, str, Sequence[WriteItem]]],
+        *,
+        after: Call[Any] | None = None,
+    ) -> list[WriteResult]:
         """Write every file, and return a result for every item.
 
         Args:
             files: For each, its place, its name in the metadata, and its items.
+            after: What has to have succeeded before this does.
 
         Raises:
             S3Exception: something could not be written. Nothing of this plan is left behind.
@@ -202,6 +209,8 @@ class SavedItems:
                     pass
                 results = [result for file in self._files for result in file.copied]
                 results += [item.result() for file in self._files for item in file.items]
+            if after is not None:
+                self._portal.wait(after)
             self._complete()
         except BaseException:
             self._calls.abandon(self._drop)

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from s3dcp._calls import Call
 from s3dcp._commit import Found, data_name, deletions, metadata_name
 from s3dcp._config import S3ClientConfig
 from s3dcp._errors import (
@@ -32,7 +33,7 @@ from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
 from s3dcp._metadata import dump_metadata, load_metadata
 from s3dcp._prefixes import DefaultPrefixStrategy, S3PrefixStrategyBase
 from s3dcp._progress import ProgressCallback
-from s3dcp._publish import already_exists, delete_quietly, exists, publish
+from s3dcp._publish import already_exists, delete_quietly, exists, publish, read
 from s3dcp._recording import Audience, Recording, ReportCallback
 from s3dcp._report import Report
 from s3dcp._saving import SavedItems
@@ -104,6 +105,7 @@ class S3StorageWriter(FileSystemWriter):
         self._is_coordinator = True
         self._audience = Audience(progress, on_report)
         self._staged: Recording | None = None
+        self._look: Call[Found | None] | None = None  # at what the commit may replace
         self.recording = self._new_recording()
 
     @property
@@ -119,7 +121,7 @@ class S3StorageWriter(FileSystemWriter):
     def __getstate__(self) -> dict[str, Any]:
         # A process-based `async_save` pickles the writer for every save; what it has staged is
         # sent by itself.
-        state = self.__dict__ | {"state_dict_cache": None}
+        state = self.__dict__ | {"state_dict_cache": None, "_look": None}
         self._staged = None  # that save goes on over there
         return state
 
@@ -129,6 +131,7 @@ class S3StorageWriter(FileSystemWriter):
         self._is_coordinator = is_coordinator
         self.recording, self._staged = self._staged or self._new_recording(), None
         self.recording.identify(str(self.path), self.rank, is_coordinator=is_coordinator)
+        self._look = None
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Copy the state dict to the CPU for an asynchronous save."""
@@ -153,10 +156,11 @@ class S3StorageWriter(FileSystemWriter):
         alone = not self.use_collectives
         if self._is_coordinator or alone:
             uri = self._metadata_uri()
-            if self._exists(uri):
-                if not self.overwrite:
-                    raise already_exists(uri)
-                _log.info("replacing the checkpoint at %s", self.path)
+            portal, channel = self.fs.client.connect(self.recording.tally)
+            # If it may be replaced, what is there is not needed before the commit.
+            self._look = portal.submit(read, channel, uri)
+            if not self.overwrite and portal.wait(self._look) is not None:
+                raise already_exists(uri)
             if alone and self._exists(self._metadata_uri(alone=False)):
                 _log.warning(
                     "%s holds a checkpoint that was saved with collectives, which loads will find "
@@ -206,7 +210,9 @@ class S3StorageWriter(FileSystemWriter):
             files.append((S3Uri(base.bucket, key), name, items))
         portal, channel = self.fs.client.connect(self.recording.tally)
         config, meter = self.fs.client.s3client_config, self.recording.meter
-        saved = SavedItems(portal, channel, config, planner, self.transforms, meter).write(files)
+        saved = SavedItems(portal, channel, config, planner, self.transforms, meter).write(
+            files, after=self._look
+        )
         # Objects without items are named as well: what is not named outlives its checkpoint.
         return saved + [
             WriteResult(MetadataIndex(name), 0, _StorageInfo(name, 0, 0))
@@ -239,12 +245,14 @@ class S3StorageWriter(FileSystemWriter):
         metadata.storage_meta = self.storage_meta()
         _check_complete(metadata)
         portal, channel = self.fs.client.connect(self.recording.tally)
+        look, self._look = self._look, None
         return portal.call(
             publish,
             channel,
             self._metadata_uri(),
             dump_metadata(metadata),
             overwrite=self.overwrite,
+            looks=[look.result()] if look is not None and look.done else [],
             objects=self._uris({info.relative_path for info in metadata.storage_data.values()}),
         )
 

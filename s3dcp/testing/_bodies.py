@@ -7,6 +7,7 @@ import mmap
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Protocol
 from xml.etree import ElementTree as ET
@@ -15,7 +16,7 @@ from s3dcp.testing._http import MalformedRequestError
 from s3dcp.testing._requests import S3Error
 
 _HUGE_BYTES = 2 << 20
-_MAX_IDLE_BYTES = 512 << 20
+_MAX_IDLE_BYTES = 1 << 30
 
 
 class Source(Protocol):
@@ -65,15 +66,21 @@ class Memory:
         if size_bytes < _HUGE_BYTES or not hasattr(mmap, "MADV_HUGEPAGE"):
             return memoryview(bytearray(size_bytes))
         whole = -(-size_bytes // _HUGE_BYTES) * _HUGE_BYTES
-        try:
-            memory = self._idle[whole].pop()
-        except IndexError:
+        memory = self._used_before(whole)
+        if memory is None:
             memory = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             memory.madvise(mmap.MADV_HUGEPAGE)
         # All views, slices of slices too, hold on to this array, and nothing else does.
         lent = (ctypes.c_ubyte * size_bytes).from_buffer(memory)
         weakref.finalize(lent, self._give_back, memory).atexit = False
         return memoryview(lent).cast("B")
+
+    def _used_before(self, size_bytes: int) -> mmap.mmap | None:
+        for size in sorted(self._idle):
+            if size >= size_bytes:
+                with suppress(IndexError):
+                    return self._idle[size].pop()
+        return None
 
     def _give_back(self, memory: mmap.mmap) -> None:
         # Called on whichever thread lets go of the last view.

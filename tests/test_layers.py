@@ -25,6 +25,7 @@ ROWS = {
         *("_s3client", "_prefixes", "_streams", "_readers", "_ranged_reader", "_dcp_reader"),
         *("_constructors", "_transfers", "_filesystem", "_landing", "_saving", "_loading"),
         *("_writer", "_reader", "_planner", "_checkpoint", "_survey", "_catalog", "_verifying"),
+        *("_copies", "_places", "_movers", "_copying"),
     ],
     "cli": ["_cli", "__main__"],
 }

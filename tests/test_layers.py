@@ -25,9 +25,9 @@ ROWS = {
         *("_s3client", "_prefixes", "_streams", "_readers", "_ranged_reader", "_dcp_reader"),
         *("_constructors", "_transfers", "_filesystem", "_landing", "_saving", "_loading"),
         *("_writer", "_reader", "_planner", "_checkpoint", "_survey", "_catalog", "_verifying"),
-        *("_copies", "_places", "_movers", "_copying"),
+        *("_copies", "_places", "_movers", "_copying", "_bench"),
     ],
-    "cli": ["_cli", "__main__"],
+    "cli": ["_terminal", "_options", "_plots", "_cli", "__main__"],
 }
 ORDER = [module for row in ROWS.values() for module in row]
 ROW_OF = {module: row for row, modules in ROWS.items() for module in modules}
@@ -42,6 +42,7 @@ RESERVED = {
     "torch": {"tensors", "facade"},
     "click": {"cli"},
     "tqdm": {"cli"},
+    "matplotlib": {"cli"},
 }
 
 PRESENT = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

@@ -179,14 +179,19 @@ def cp(
             | {"totals": _counts(report.totals.overall), "wall_s": wall_s}
         )
         return
-    rate = shown_size(report.copied_bytes / max(wall_s, 1e-9))
+    whole = f"{report.objects} objects ({shown_size(report.size_bytes)})"
+    if not report.copied_objects:
+        click.echo(f"{plain(target)} is a copy of {plain(source)} already: {whole}")
+        return
+    click.echo(f"{plain(target)} is a copy of {plain(source)}: {whole}")
     click.echo(
-        f"{plain(target)} is a copy of {plain(source)}: {report.objects} objects "
-        f"({shown_size(report.size_bytes)}), {shown_size(report.copied_bytes)} copied in "
-        f"{wall_s:.1f} s ({rate}/s), {report.verified} items compared with their checksums"
+        f"{report.copied_objects} objects were copied: {shown_size(report.copied_bytes)} in "
+        f"{wall_s:.1f} s ({shown_size(report.copied_bytes / max(wall_s, 1e-9))}/s)"
     )
-    if report.objects > report.copied_objects:
-        click.echo(f"{report.objects - report.copied_objects} objects were there already")
+    click.echo(
+        f"{report.verified} items were compared with their checksums"
+        + (f", {report.unverified} were not" if report.unverified else "")
+    )
 
 
 @cli.command()
@@ -256,7 +261,15 @@ def bench(
         return
     print_table(
         (
-            *("", ">CONNECTIONS", ">PART SIZE", ">GIB/S", ">(LEAST", ">MOST)", ">CPU-S/GIB"),
+            *(
+                "OPERATION",
+                ">CONNECTIONS",
+                ">PART SIZE",
+                ">GIB/S",
+                ">(LEAST",
+                ">MOST)",
+                ">CPU-S/GIB",
+            ),
             *(">REQUESTS", ">P50 MS", ">P99 MS", ">RETRIES", ">THROTTLES"),
         ),
         [_summary_row(summary) for summary in summaries],

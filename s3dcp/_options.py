@@ -73,6 +73,8 @@ def on_store(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--endpoint-url", help="An S3-compatible store. [default: AWS_ENDPOINT_URL]")
     @click.option("--profile", help="A profile of the AWS configuration file.")
     @click.option("--path-style", is_flag=True, help="Address buckets as ENDPOINT/BUCKET.")
+    @click.option("--unsigned", is_flag=True, help="Without credentials: a public bucket.")
+    @click.option("--requester-pays", is_flag=True, help="Pay for requests to others' buckets.")
     @functools.wraps(command)
     def wrapped(
         *,
@@ -80,10 +82,16 @@ def on_store(command: Callable[..., None]) -> Callable[..., None]:
         endpoint_url: str | None,
         profile: str | None,
         path_style: bool,
+        unsigned: bool,
+        requester_pays: bool,
         **options: Any,
     ) -> None:
         config = S3ClientConfig(
-            endpoint_url=endpoint_url, profile=profile, force_path_style=path_style
+            endpoint_url=endpoint_url,
+            profile=profile,
+            force_path_style=path_style,
+            unsigned=unsigned,
+            requester_pays=requester_pays,
         )
         command(store={"region": region, "s3client_config": config}, **options)
 

@@ -6,7 +6,6 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import click
@@ -14,23 +13,20 @@ import click
 from s3dcp import __version__
 from s3dcp import _catalog as catalog
 from s3dcp import _verifying as verifying
-from s3dcp._bench import Summary, Trial, fastest, run_trials, settings_of, summaries_of
+from s3dcp._cli_bench import bench
 from s3dcp._copying import copy
 from s3dcp._inventory import CheckpointInfo, folder_of
 from s3dcp._keys import S3Uri, parse_s3_uri
-from s3dcp._options import Commands, on_store, seconds, size
-from s3dcp._plots import plotter, setting_of
+from s3dcp._options import Commands, as_json_option, on_store, seconds
 from s3dcp._ranges import MiB
 from s3dcp._s3client import S3Client
-from s3dcp._tally import OperationTotals
-from s3dcp._terminal import Bar, plain, print_json, print_table, shown_size
+from s3dcp._terminal import Bar, counts_of, plain, print_json, print_table, shown_size
 from s3dcp.testing import FakeS3
 
 _DAMAGED = 1
 # So that each connection of a fast link has a buffer; nothing else of the process needs memory.
 _COPY_BYTES = 512 * MiB
 
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _grace = click.option(
     "--grace",
     "grace_s",
@@ -52,7 +48,7 @@ def cli() -> None:
 @cli.command()
 @click.argument("uri")
 @on_store
-@_as_json
+@as_json_option
 def ls(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
     """List the checkpoints below URI, oldest first."""
     found = catalog.list_checkpoints(uri, **store)
@@ -81,7 +77,7 @@ def ls(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
 @cli.command()
 @click.argument("uri")
 @on_store
-@_as_json
+@as_json_option
 def inspect(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
     """Show the tensors of the checkpoint at URI."""
     client, place = S3Client(**store), parse_s3_uri(uri)
@@ -108,7 +104,7 @@ def inspect(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
 @cli.command()
 @click.argument("uri")
 @on_store
-@_as_json
+@as_json_option
 def verify(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
     """Check every byte of the checkpoint at URI.
 
@@ -144,7 +140,7 @@ def verify(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
 @on_store
 @click.option("--overwrite", is_flag=True, help="Replace another checkpoint that is at DST.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the items' checksums.")
-@_as_json
+@as_json_option
 def cp(
     source: str,
     target: str,
@@ -176,7 +172,7 @@ def cp(
     if as_json:
         print_json(
             dataclasses.asdict(report)
-            | {"totals": _counts(report.totals.overall), "wall_s": wall_s}
+            | {"totals": counts_of(report.totals.overall), "wall_s": wall_s}
         )
         return
     whole = f"{report.objects} objects ({shown_size(report.size_bytes)})"
@@ -192,92 +188,6 @@ def cp(
         f"{report.verified} items were compared with their checksums"
         + (f", {report.unverified} were not" if report.unverified else "")
     )
-
-
-@cli.command()
-@click.argument("uri")
-@on_store
-@click.option(
-    "--size", "size_bytes", type=size, default="256MiB", show_default=True, help="Of a checkpoint."
-)
-@click.option(
-    "--tensors", type=click.IntRange(min=1), default=16, show_default=True, help="How many."
-)
-@click.option(
-    "--repeats",
-    type=click.IntRange(min=1),
-    default=3,
-    show_default=True,
-    help="Saves and loads with each setting.",
-)
-@click.option(
-    "--connections",
-    type=click.IntRange(min=1),
-    multiple=True,
-    help="A setting to try. [repeatable; default: s3dcp's own]",
-)
-@click.option(
-    "--part-size",
-    "part_sizes",
-    type=size,
-    multiple=True,
-    help="A setting to try, such as 16MiB. [repeatable; default: s3dcp's own]",
-)
-@_as_json
-@click.option("--plot", type=click.Path(dir_okay=False, path_type=Path), help="Draw it to a file.")
-def bench(
-    uri: str,
-    store: dict[str, Any],
-    *,
-    size_bytes: int,
-    tensors: int,
-    repeats: int,
-    connections: Sequence[int],
-    part_sizes: Sequence[int],
-    as_json: bool,
-    plot: Path | None,
-) -> None:
-    """Tell how fast saves and loads below URI are.
-
-    Checkpoints are made up for it, in a new folder that is removed in the end, after Ctrl-C too.
-    """
-    draw = plotter(plot) if plot else None
-    settings = settings_of(store["s3client_config"], connections, part_sizes)
-    with Bar() as bar:
-        trials = run_trials(
-            uri,
-            settings,
-            size_bytes=size_bytes,
-            tensors=tensors,
-            repeats=repeats,
-            region=store["region"],
-            progress=bar.advance,
-        )
-    summaries = summaries_of(trials)
-    if draw:
-        draw(summaries)
-    if as_json:
-        print_json([_trial_as_dict(trial) for trial in trials])
-        return
-    print_table(
-        (
-            *(
-                "OPERATION",
-                ">CONNECTIONS",
-                ">PART SIZE",
-                ">GIB/S",
-                ">(LEAST",
-                ">MOST)",
-                ">CPU-S/GIB",
-            ),
-            *(">REQUESTS", ">P50 MS", ">P99 MS", ">RETRIES", ">THROTTLES"),
-        ),
-        [_summary_row(summary) for summary in summaries],
-    )
-    if len(settings) > 1:
-        for operation in ("save", "load"):
-            best = fastest(summaries, operation)
-            click.echo(f"Of these, the fastest {operation} was with {setting_of(best.first)}")
 
 
 @cli.command()
@@ -336,6 +246,9 @@ def serve(port: int, buckets: Sequence[str]) -> None:
             time.sleep(3600)
 
 
+cli.add_command(bench)
+
+
 def _as_dict(info: CheckpointInfo) -> dict[str, Any]:
     return {
         **dataclasses.asdict(info),
@@ -357,42 +270,6 @@ def _entry_as_dict(entry: verifying.StoredEntry) -> dict[str, Any]:
         "size_bytes": entry.size_bytes,
         "pieces": pieces,
     }
-
-
-def _trial_as_dict(trial: Trial) -> dict[str, Any]:
-    return {
-        "operation": trial.operation,
-        "connections": trial.connections,
-        "part_bytes": trial.part_bytes,
-        "size_bytes": trial.size_bytes,
-        "wall_s": trial.wall_s,
-        "cpu_s": trial.cpu_s,
-        "gib_per_s": trial.gib_per_s,
-        "cpu_s_per_gib": trial.cpu_s_per_gib,
-        "requests": _counts(trial.requests),
-    }
-
-
-def _counts(totals: OperationTotals) -> dict[str, Any]:
-    counts = dataclasses.asdict(totals)
-    del counts["buckets"]
-    return counts | {"p50_s": totals.quantile_s(0.5), "p99_s": totals.quantile_s(0.99)}
-
-
-def _summary_row(summary: Summary) -> tuple[object, ...]:
-    speeds = [trial.gib_per_s for trial in summary.trials]
-    requests = summary.requests
-    return (
-        summary.first.operation,
-        summary.first.connections,
-        shown_size(summary.first.part_bytes),
-        *(f"{speed:.3g}" for speed in (summary.gib_per_s, min(speeds), max(speeds))),
-        f"{summary.cpu_s_per_gib:.3g}",
-        requests.requests,
-        *(f"{requests.quantile_s(share) * 1000:.3g}" for share in (0.5, 0.99)),
-        requests.retries,
-        requests.throttles,
-    )
 
 
 def _print_removed(

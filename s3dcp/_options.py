@@ -26,6 +26,9 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _BYTES = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
+as_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
 class Failure(click.ClickException):
     """A command could not do what it was asked for."""
 

@@ -45,7 +45,8 @@ def plotter(path: Path) -> Callable[[Sequence[Summary]], None]:
         axes.set_ylabel("GiB/s: each trial, and the median")
         first = summaries[0].first
         axes.set_title(f"s3dcp bench: checkpoints of {shown_size(first.size_bytes)}")
-        axes.legend()
+        axes.margins(y=0.2)
+        axes.legend(loc="upper center", ncols=2)
         figure.savefig(path)
 
     return draw

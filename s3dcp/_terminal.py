@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import click
 from tqdm import tqdm
+
+from s3dcp._tally import OperationTotals
 
 
 class Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
@@ -39,6 +43,13 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
             for cell, width, head in zip(row, widths, heads, strict=True)
         )
         click.echo("  ".join(padded).rstrip())
+
+
+def counts_of(totals: OperationTotals) -> dict[str, Any]:
+    """Return what is known of requests, for JSON."""
+    counts = dataclasses.asdict(totals)
+    del counts["buckets"]
+    return counts | {"p50_s": totals.quantile_s(0.5), "p99_s": totals.quantile_s(0.99)}
 
 
 def shown_size(size_bytes: float) -> str:

@@ -27,7 +27,7 @@ ROWS = {
         *("_writer", "_reader", "_planner", "_checkpoint", "_survey", "_catalog", "_verifying"),
         *("_copies", "_places", "_movers", "_copying", "_bench"),
     ],
-    "cli": ["_terminal", "_options", "_plots", "_cli", "__main__"],
+    "cli": ["_terminal", "_options", "_plots", "_cli_bench", "_cli", "__main__"],
 }
 ORDER = [module for row in ROWS.values() for module in row]
 ROW_OF = {module: row for row, modules in ROWS.items() for module in modules}

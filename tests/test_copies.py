@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hashlib import sha256
+from random import Random
 from typing import TYPE_CHECKING
 
 import pytest
@@ -106,9 +107,11 @@ class TestItems:
             "b": [Item(name="tensor of b", start=0, end=4, crc=None)],
         }
 
-    @pytest.mark.parametrize("name", [".metadata", "__3.metadata", "below/.metadata", ".s3dcp-copy"])
+    @pytest.mark.parametrize(
+        "name", [".metadata", "__3.metadata", "below/.metadata", ".s3dcp-copy"]
+    )
     def test_no_commit_is_data(self, name: str) -> None:
-        with pytest.raises(CorruptMetadataError, match="here/.metadata is forged"):
+        with pytest.raises(CorruptMetadataError, match=r"here/\.metadata is forged"):
             items_of({".metadata": metadata_of({name: 4})}, "here/")
 
 
@@ -132,7 +135,9 @@ class TestChecks:
         flipped=st.integers(0, 99),
         order=st.randoms(use_true_random=False),
     )
-    def test_a_flipped_bit_is_found_whatever_the_parts(self, ranges, size, flipped, order) -> None:  # type: ignore[no-untyped-def]
+    def test_a_flipped_bit_is_found_whatever_the_parts(
+        self, ranges: list[tuple[int, int]], size: int, flipped: int, order: Random
+    ) -> None:
         """Items may overlap, as those of a forged commit do."""
         items = sorted(
             (self.item(min(ends), max(ends)) for ends in ranges), key=lambda item: item.start

@@ -8,6 +8,7 @@ from s3dcp._constructors import (
     S3ReaderConstructor,
     S3ReaderConstructorProtocol,
 )
+from s3dcp._copying import CopyReport, acopy, copy
 from s3dcp._dcp_reader import DCPOptimizedS3Reader, ItemRange
 from s3dcp._errors import (
     AccessDeniedError,
@@ -75,9 +76,12 @@ __all__ = [
     "save",
     # catalog
     "CheckpointInfo",
+    "CopyReport",
     "Garbage",
     "UploadInfo",
     "abort_uploads",
+    "acopy",
+    "copy",
     "delete",
     "gc",
     "latest",

@@ -1,103 +1,36 @@
-"""The command line: `s3dcp`, or `python -m s3dcp`.
-
-Exit status: 0 for success, 1 where `verify` finds a checkpoint damaged, 2 where a command could
-not do what it was asked for. As of any program: 130 after Ctrl-C, 141 if nobody reads the output.
-"""
+"""The command line: `s3dcp`, or `python -m s3dcp`."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import json
-import os
-import re
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import click
-from tqdm import tqdm
 
 from s3dcp import __version__
 from s3dcp import _catalog as catalog
 from s3dcp import _verifying as verifying
-from s3dcp._config import S3ClientConfig
-from s3dcp._errors import S3Exception
+from s3dcp._cli_bench import bench
+from s3dcp._copying import copy
 from s3dcp._inventory import CheckpointInfo, folder_of
 from s3dcp._keys import S3Uri, parse_s3_uri
+from s3dcp._options import Commands, as_json_option, on_store, seconds
+from s3dcp._ranges import MiB
 from s3dcp._s3client import S3Client
-from s3dcp.testing import FakeS3, LocalServerError
+from s3dcp._terminal import Bar, counts_of, plain, print_json, print_table, shown_size
+from s3dcp.testing import FakeS3
 
-_DAMAGED, _FAILED, _INTERRUPTED, _UNREAD = 1, 2, 130, 141
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
+_DAMAGED = 1
+# So that each connection of a fast link has a buffer; nothing else of the process needs memory.
+_COPY_BYTES = 512 * MiB
 
-
-class _Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
-    monitor_interval = 0  # no thread that looks after bars
-
-
-class _Failure(click.ClickException):
-    exit_code = _FAILED
-
-
-class _Commands(click.Group):
-    """Commands whose failures are one line each."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (S3Exception, LocalServerError) as exc:
-            raise _Failure(_plain(str(exc))) from exc
-        except BrokenPipeError:
-            # Nothing more can be written, by the interpreter's exit neither.
-            with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-                os.dup2(nowhere.fileno(), sys.stdout.fileno())
-            ctx.exit(_UNREAD)
-        except KeyboardInterrupt:
-            ctx.exit(_INTERRUPTED)
-
-
-def _seconds(text: str) -> float:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", text)
-    if not match:
-        raise click.BadParameter(f"{text!r} is not a number followed by s, m, h or d.")
-    return float(match[1]) * _SECONDS[match[2]]
-
-
-def _on_store(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that say how to reach the store, and the URI."""
-
-    @click.argument("uri")
-    @click.option("--region", help="The bucket's region. [default: AWS_REGION]")
-    @click.option("--endpoint-url", help="An S3-compatible store. [default: AWS_ENDPOINT_URL]")
-    @click.option("--profile", help="A profile of the AWS configuration file.")
-    @click.option("--path-style", is_flag=True, help="Address buckets as ENDPOINT/BUCKET.")
-    @functools.wraps(command)
-    def wrapped(
-        uri: str,
-        region: str | None,
-        endpoint_url: str | None,
-        profile: str | None,
-        *,
-        path_style: bool,
-        **options: Any,
-    ) -> None:
-        config = S3ClientConfig(
-            endpoint_url=endpoint_url, profile=profile, force_path_style=path_style
-        )
-        command(uri, {"region": region, "s3client_config": config}, **options)
-
-    return wrapped
-
-
-_as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 _grace = click.option(
     "--grace",
     "grace_s",
-    type=_seconds,
+    type=seconds,
     metavar="TIME",
     default="24h",
     show_default=True,
@@ -106,22 +39,23 @@ _grace = click.option(
 _really = click.option("--delete", "really", is_flag=True, help="Do it, rather than only tell.")
 
 
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
     """Look after PyTorch distributed checkpoints on S3."""
 
 
 @cli.command()
-@_on_store
-@_as_json
+@click.argument("uri")
+@on_store
+@as_json_option
 def ls(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
     """List the checkpoints below URI, oldest first."""
     found = catalog.list_checkpoints(uri, **store)
     if as_json:
-        _print_json(_as_dict(each) for each in found)
+        print_json([_as_dict(each) for each in found])
         return
-    _print_table(
+    print_table(
         ("COMMITTED", ">STEP", ">RANKS", ">TENSORS", ">SIZE", "CHECKPOINT", "STATE"),
         [
             (
@@ -131,7 +65,7 @@ def ls(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
                 each.step,
                 each.ranks,
                 each.tensors,
-                _size(each.size_bytes),
+                shown_size(each.size_bytes),
                 each.uri,
                 "complete" if each.complete else f"incomplete: {each.problem}",
             )
@@ -141,24 +75,25 @@ def ls(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
 
 
 @cli.command()
-@_on_store
-@_as_json
+@click.argument("uri")
+@on_store
+@as_json_option
 def inspect(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
     """Show the tensors of the checkpoint at URI."""
     client, place = S3Client(**store), parse_s3_uri(uri)
     entries = client.call(verifying.inspect, place)
     if as_json:
-        _print_json(_entry_as_dict(entry) for entry in entries)
+        print_json([_entry_as_dict(entry) for entry in entries])
         return
     folder = folder_of(place).key
-    _print_table(
+    print_table(
         ("NAME", "SHAPE", "DTYPE", ">SIZE", "FILE"),
         [
             (
                 entry.name,
                 None if entry.shape is None else "x".join(map(str, entry.shape)) or "scalar",
                 entry.dtype,
-                _size(entry.size_bytes),
+                shown_size(entry.size_bytes),
                 _first(entry.keys, folder),
             )
             for entry in entries
@@ -167,8 +102,10 @@ def inspect(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
 
 
 @cli.command()
-@_on_store
-def verify(uri: str, store: dict[str, Any]) -> None:
+@click.argument("uri")
+@on_store
+@as_json_option
+def verify(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
     """Check every byte of the checkpoint at URI.
 
     Its objects must be there and long enough, and every item must have the checksum (CRC64NVME)
@@ -177,30 +114,85 @@ def verify(uri: str, store: dict[str, Any]) -> None:
     Exit status: 0 if it is whole, 1 if it is damaged, 2 if that could not be found out.
     """
     client = S3Client(**store)
-    with _Bar(unit="B", unit_scale=True, unit_divisor=1024, disable=None, leave=False) as bar:
-
-        def progress(count: int, total: int) -> None:
-            bar.total = total
-            bar.update(count)
-
+    with Bar() as bar:
         budget_bytes = client.s3client_config.memory_bytes()
         verdict = client.call(
-            verifying.verify, parse_s3_uri(uri), budget_bytes=budget_bytes, progress=progress
+            verifying.verify, parse_s3_uri(uri), budget_bytes=budget_bytes, progress=bar.advance
         )
+    if as_json:
+        print_json({**dataclasses.asdict(verdict), "whole": not verdict.problems})
+        click.get_current_context().exit(_DAMAGED if verdict.problems else 0)
     for problem in verdict.problems:
-        click.echo(_plain(problem))
+        click.echo(plain(problem))
     if verdict.problems:
         click.get_current_context().exit(_DAMAGED)
     click.echo(
-        f"{_plain(uri)} is whole: {verdict.objects} objects, {verdict.verified} items compared "
-        f"with their checksums ({_size(verdict.size_bytes)})"
+        f"{plain(uri)} is whole: {verdict.objects} objects, {verdict.verified} items compared "
+        f"with their checksums ({shown_size(verdict.size_bytes)})"
     )
     if verdict.unverified:
         click.echo(f"{verdict.unverified} items have no checksum: their sizes were checked")
 
 
 @cli.command()
-@_on_store
+@click.argument("source", metavar="SRC")
+@click.argument("target", metavar="DST")
+@on_store
+@click.option("--overwrite", is_flag=True, help="Replace another checkpoint that is at DST.")
+@click.option("--no-verify", is_flag=True, help="Do not compare the items' checksums.")
+@as_json_option
+def cp(
+    source: str,
+    target: str,
+    store: dict[str, Any],
+    *,
+    overwrite: bool,
+    no_verify: bool,
+    as_json: bool,
+) -> None:
+    """Copy a checkpoint between S3 and a disk.
+
+    SRC and DST are the checkpoint's folder and the copy's own: s3://BUCKET/FOLDER, or a path. Both
+    may be on S3.
+
+    The same command goes on with a copy that was cut off. Until the end, DST is no checkpoint.
+    """
+    config = dataclasses.replace(store["s3client_config"], memory_budget_bytes=_COPY_BYTES)
+    began_s = time.monotonic()
+    with Bar() as bar:
+        report = copy(
+            source,
+            target,
+            overwrite=overwrite,
+            verify=not no_verify,
+            progress=bar.advance,
+            **store | {"s3client_config": config},
+        )
+    wall_s = time.monotonic() - began_s
+    if as_json:
+        print_json(
+            dataclasses.asdict(report)
+            | {"totals": counts_of(report.totals.overall), "wall_s": wall_s}
+        )
+        return
+    whole = f"{report.objects} objects ({shown_size(report.size_bytes)})"
+    if not report.copied_objects:
+        click.echo(f"{plain(target)} is a copy of {plain(source)} already: {whole}")
+        return
+    click.echo(f"{plain(target)} is a copy of {plain(source)}: {whole}")
+    click.echo(
+        f"{report.copied_objects} objects were copied: {shown_size(report.copied_bytes)} in "
+        f"{wall_s:.1f} s ({shown_size(report.copied_bytes / max(wall_s, 1e-9))}/s)"
+    )
+    click.echo(
+        f"{report.verified} items were compared with their checksums"
+        + (f", {report.unverified} were not" if report.unverified else "")
+    )
+
+
+@cli.command()
+@click.argument("uri")
+@on_store
 @click.option(
     "--keep", type=click.IntRange(min=1), help="How many of the newest complete ones stay."
 )
@@ -217,14 +209,15 @@ def gc(uri: str, store: dict[str, Any], *, keep: int | None, grace_s: float, rea
     found = catalog.gc(uri, keep=keep, grace_s=grace_s, dry_run=not really, **store)
     bucket = parse_s3_uri(uri).bucket
     for each in found.unreadable:
-        click.echo(_plain(f"Left alone, with all below it: {each.uri}: {each.problem}"), err=True)
+        click.echo(plain(f"Left alone, with all below it: {each.uri}: {each.problem}"), err=True)
     rows = [("checkpoint", each.uri, each.size_bytes) for each in found.checkpoints]
     rows += [("object", str(S3Uri(bucket, each.key)), each.size_bytes) for each in found.objects]
     _print_removed(rows, "delete", "deleted", really=really)
 
 
 @cli.command()
-@_on_store
+@click.argument("uri")
+@on_store
 @_grace
 @_really
 def abort_uploads(uri: str, store: dict[str, Any], *, grace_s: float, really: bool) -> None:
@@ -253,6 +246,9 @@ def serve(port: int, buckets: Sequence[str]) -> None:
             time.sleep(3600)
 
 
+cli.add_command(bench)
+
+
 def _as_dict(info: CheckpointInfo) -> dict[str, Any]:
     return {
         **dataclasses.asdict(info),
@@ -276,29 +272,12 @@ def _entry_as_dict(entry: verifying.StoredEntry) -> dict[str, Any]:
     }
 
 
-def _print_json(rows: Iterable[dict[str, Any]]) -> None:
-    click.echo(json.dumps(list(rows), indent=2))
-
-
-def _print_table(heads: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print aligned columns; those whose head starts with `>` to the right."""
-    cells = [[_plain(str("-" if cell is None else cell)) for cell in row] for row in rows]
-    table = [[head.lstrip(">") for head in heads], *cells]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for row in table:
-        padded = (
-            cell.rjust(width) if head.startswith(">") else cell.ljust(width)
-            for cell, width, head in zip(row, widths, heads, strict=True)
-        )
-        click.echo("  ".join(padded).rstrip())
-
-
 def _print_removed(
     rows: Sequence[tuple[str, str, int | None]], verb: str, done: str, *, really: bool
 ) -> None:
     for kind, uri, size_bytes in rows:
-        size = "" if size_bytes is None else f" ({_size(size_bytes)})"
-        click.echo(_plain(f"{done if really else f'would {verb}'} {kind} {uri}{size}"))
+        size = "" if size_bytes is None else f" ({shown_size(size_bytes)})"
+        click.echo(plain(f"{done if really else f'would {verb}'} {kind} {uri}{size}"))
     if rows and not really:
         click.echo(f"Nothing was changed: repeat it with --delete to {verb} these.", err=True)
 
@@ -306,16 +285,3 @@ def _print_removed(
 def _first(keys: Sequence[str], folder: str) -> str:
     name = keys[0].removeprefix(folder)
     return f"{name} (and {len(keys) - 1} more)" if len(keys) > 1 else name
-
-
-def _size(size_bytes: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size_bytes < 1024:
-            return f"{size_bytes:.4g} {unit}"
-        size_bytes /= 1024
-    return f"{size_bytes:.4g} TiB"
-
-
-def _plain(text: str) -> str:
-    """Return text on one line that cannot steer a terminal: names come from the bucket."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

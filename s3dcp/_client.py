@@ -148,7 +148,7 @@ class S3Store:
                     yield ObjectInfo(
                         key=entry["Key"],
                         size_bytes=int(entry["Size"]),
-                        etag=entry.get("ETag"),
+                        etag=_quoted(entry.get("ETag")),
                         last_modified=entry.get("LastModified"),
                     )
 
@@ -481,6 +481,11 @@ def _receipt(answer: dict[str, Any], checksum: Checksum | None) -> Receipt:
             f"The store's checksum {echoed} is not that of the bytes sent, {encoded(checksum)}"
         )
     return Receipt(etag=answer.get("ETag"), checksum_echoed=echoed is not None)
+
+
+def _quoted(etag: str | None) -> str | None:
+    """Return a listed ETag as it is everywhere else: rclone lists them without their quotes."""
+    return etag if etag is None or etag.endswith('"') else f'"{etag}"'
 
 
 def _info(uri: S3Uri, answer: dict[str, Any], size_bytes: int | None) -> ObjectInfo:

@@ -32,7 +32,7 @@ class Downloads:
         """Return what the store says of an object, whose reads are pinned to it from then on."""
         head = partial(self._channel.store.head, uri)
         info = await self._channel.request("HeadObject", uri, head)
-        self._pin(uri, info.etag)
+        self.pin(uri, info.etag)
         return info
 
     async def fetch(self, uri: S3Uri, start: int, into: Views, checked: Views = ()) -> list[int]:
@@ -66,9 +66,9 @@ class Downloads:
             except S3Exception:
                 # What came is a part of that object, and the rest must be, too.
                 if scatter.received:
-                    self._pin(uri, scatter.etag)
+                    self.pin(uri, scatter.etag)
                 raise
-            self._pin(uri, info.etag)
+            self.pin(uri, info.etag)
 
         if size_bytes:
             try:
@@ -90,7 +90,12 @@ class Downloads:
             ]
         )
 
-    def _pin(self, uri: S3Uri, etag: str | None) -> None:
+    def pin(self, uri: S3Uri, etag: str | None) -> None:
+        """Read from the object with this ETag only.
+
+        Raises:
+            CheckpointChangedError: another one was read before.
+        """
         if etag is not None and self._etags.setdefault(uri, etag) != etag:
             raise _changed(uri)
 

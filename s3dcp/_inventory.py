@@ -144,6 +144,11 @@ def order_of(folder: str, commits: Iterable[ObjectInfo]) -> tuple[datetime, int,
     return committed(commits) or _EARLIEST, -1 if step is None else step, folder
 
 
+def is_commit(key: str) -> bool:
+    """Return whether a key is one that commits have."""
+    return _COMMIT.fullmatch(posixpath.basename(key)) is not None
+
+
 def rank_of(commit: ObjectInfo) -> int | None:
     """Return the rank whose own commit this is."""
     match = _COMMIT.fullmatch(posixpath.basename(commit.key))

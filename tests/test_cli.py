@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import pty
@@ -174,6 +175,27 @@ class TestVerify:
         assert result.exit_code == 1
         assert "of 'model.w', differ from those that were saved" in result.stdout
 
+    def test_json(self, fake: FakeS3) -> None:
+        put_checkpoint(fake, "run/", "__0_0.distcp")
+        whole = run("verify", "--json", RUN)
+        fake.delete(BUCKET, "run/__0_0.distcp")
+        damaged = run("verify", "--json", RUN)
+
+        assert (whole.exit_code, damaged.exit_code) == (0, 1)
+        assert json.loads(whole.stdout) == {
+            "objects": 1,
+            "verified": 0,
+            "unverified": 1,
+            "size_bytes": 0,
+            "problems": [],
+            "whole": True,
+        }
+        found = json.loads(damaged.stdout)
+        assert (found["whole"], found["problems"]) == (
+            False,
+            [f"s3://{BUCKET}/run/__0_0.distcp is missing"],
+        )
+
     def test_it_could_not_be_found_out(self, fake: FakeS3) -> None:
         save("step-1", w=torch.ones(300))
         fake.inject(Refuse("AccessDenied"), operation="GetObject", key="*.distcp", times=None)
@@ -268,6 +290,11 @@ class TestOptions:
             ["ls", RUN, "--profile", "nobody"],
             ["inspect", RUN],
             ["verify", RUN],
+            ["cp", RUN],
+            ["cp", RUN, "somewhere"],
+            ["cp", "/a/folder", "/another"],
+            ["cp", "/no/such/folder", RUN],
+            ["bench", "s3://nowhere/run", "--size", "1KiB"],
             ["gc", RUN, "--keep", "0"],
             ["gc", RUN, "--grace", "1 week"],
             ["gc", RUN, "--grace", "9999999d"],
@@ -401,3 +428,164 @@ class TestProcesses:
 
             process.send_signal(signal.SIGINT)
             assert process.wait(_LIMIT_S) == 0
+
+
+class TestCp:
+    def test_both_ways(self, fake: FakeS3, tmp_path: Path) -> None:
+        save("step-1", w=torch.ones(300))
+
+        down = run("cp", f"{RUN}/step-1", str(tmp_path / "copy"))
+        up = run("cp", str(tmp_path / "copy"), f"{RUN}/step-2")
+        again = run("cp", str(tmp_path / "copy"), f"{RUN}/step-2")
+
+        for result in (down, up, again):
+            assert (result.exit_code, result.stderr) == (0, "")
+        first, copied, compared = down.stdout.splitlines()
+        assert first.startswith(f"{tmp_path}/copy is a copy of {RUN}/step-1: 1 objects (")
+        assert re.fullmatch(r"1 objects were copied: .* KiB in .* s \(.*/s\)", copied)
+        assert compared == "2 items were compared with their checksums"
+        assert f"{RUN}/step-2 is a copy of {tmp_path}/copy already: " in again.stdout
+        assert run("verify", f"{RUN}/step-2").exit_code == 0
+
+    def test_json(self, fake: FakeS3, tmp_path: Path) -> None:
+        save("step-1", w=torch.ones(300))
+
+        found = json.loads(run("cp", "--json", f"{RUN}/step-1", str(tmp_path)).stdout)
+
+        assert (found["objects"], found["copied_objects"], found["verified"]) == (1, 1, 2)
+        assert found["totals"]["retries"] == 0
+        assert found["wall_s"] > 0
+
+    def test_another_checkpoint(self, fake: FakeS3, tmp_path: Path) -> None:
+        save("step-1", w=torch.ones(300))
+        save("step-2", w=torch.ones(300))
+        run("cp", f"{RUN}/step-1", str(tmp_path))
+
+        refused = run("cp", f"{RUN}/step-2", str(tmp_path))
+        assert refused.exit_code == 2
+        assert refused.stderr.startswith(f"Error: There is another checkpoint at {tmp_path}")
+        assert run("cp", "--overwrite", f"{RUN}/step-2", str(tmp_path)).exit_code == 0
+
+    def test_what_the_disk_refuses_is_one_line(self, fake: FakeS3, tmp_path: Path) -> None:
+        save("step-1", w=torch.ones(300))
+        (tmp_path / "file").touch()
+
+        result = run("cp", f"{RUN}/step-1", str(tmp_path / "file" / "folder"))
+
+        assert (result.exit_code, result.stdout) == (2, "")
+        [line] = result.stderr.splitlines()
+        assert line.startswith("Error: [Errno 20] Not a directory: ")
+
+    def test_ctrl_c_and_on_it_goes(self, fake: FakeS3, tmp_path: Path) -> None:
+        """In a terminal: a bar, Ctrl-C from the keyboard, and the same command again."""
+        save("step-1", w=torch.ones(3 << 20))
+        rule = fake.inject(Stall(), operation="GetObject", key="*.distcp", skip=1)
+        command = ("cp", f"{RUN}/step-1", str(tmp_path))
+        with terminal() as (ours, theirs):
+            process = program(
+                *command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=_own_terminal
+            )
+            rule.wait(timeout_s=_LIMIT_S)
+            os.write(ours, b"\x03")
+            assert process.wait(_LIMIT_S) == 130
+            shown = os.read(ours, 1 << 16).decode()
+        rule.release()
+        assert "%|" in shown
+        assert "Traceback" not in shown
+        assert not (tmp_path / ".metadata").exists()
+
+        assert run(*command).exit_code == 0
+        assert (tmp_path / ".metadata").exists()
+
+
+def _own_terminal() -> None:
+    os.setsid()
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+class TestBench:
+    SMALL = ("bench", RUN, "--size", "64KiB", "--tensors", "3")
+
+    def test_a_table(self, fake: FakeS3) -> None:
+        result = run(*self.SMALL, "--connections", "2", "--connections", "4", "--repeats", "2")
+
+        assert (result.exit_code, result.stderr) == (0, "")
+        head, *rows, save, load = result.stdout.splitlines()
+        assert head.split()[:2] == ["OPERATION", "CONNECTIONS"]
+        assert [row.split()[:4] for row in rows] == [
+            ["save", "2", "8", "MiB"],
+            ["load", "2", "8", "MiB"],
+            ["save", "4", "8", "MiB"],
+            ["load", "4", "8", "MiB"],
+        ]
+        assert save.startswith("Of these, the fastest save was with ")
+        assert load.startswith("Of these, the fastest load was with ")
+        assert fake.keys(BUCKET) == []
+
+    def test_json_and_a_plot(self, fake: FakeS3, tmp_path: Path) -> None:
+        plot = tmp_path / "plot.png"
+
+        result = run(*self.SMALL, "--part-size", "16MiB", "--json", "--plot", str(plot))
+
+        trials = json.loads(result.stdout)
+        assert [trial["operation"] for trial in trials] == ["save", "load"] * 3
+        for trial in trials:
+            assert (trial["part_bytes"], trial["size_bytes"]) == (16 << 20, 3 * (65536 // 3))
+            assert trial["gib_per_s"] > 0
+            assert trial["requests"]["size_bytes"] > trial["size_bytes"]
+        assert plot.read_bytes().startswith(b"\x89PNG")
+
+    def test_what_it_leaves(self, fake: FakeS3) -> None:
+        """Nothing, if it is interrupted; and what was there before stays."""
+        put_checkpoint(fake, "run/", "__0_0.distcp")
+        before = fake.keys(BUCKET)
+
+        def interrupt(_: Record) -> Fault:
+            os.kill(os.getpid(), signal.SIGINT)
+            return Stall()
+
+        rule = fake.inject(Call(before=interrupt), operation="UploadPart")
+
+        result = run("bench", RUN, "--size", "20MiB", "--tensors", "1")
+
+        rule.release()
+        assert (result.exit_code, result.stdout) == (130, "")
+        assert fake.keys(BUCKET) == before
+        assert fake.uploads(BUCKET) == {}
+
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            (["--plot", "plot.xyz"], "--plot plot.xyz: the name must end in one of "),
+            (["--plot", "/no/such/plot.png"], "--plot /no/such/plot.png: there is no such folder"),
+            (["--size", "0"], "'0' is not a size, such as 64MiB or 1.5GiB."),
+            (["--part-size", "big"], "'big' is not a size"),
+            (["--repeats", "0"], "0 is not in the range"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+    )
+    def test_what_cannot_be_is_said_at_once(
+        self, fake: FakeS3, options: list[str], said: str
+    ) -> None:
+        result = run("bench", RUN, *options)
+
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert said in result.stderr
+        assert fake.requests == []
+
+    def test_without_matplotlib(self, fake: FakeS3, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+
+        result = run(*self.SMALL, "--plot", "plot.png")
+
+        assert result.exit_code == 2
+        assert 'Error: --plot needs matplotlib: pip install "s3dcp[bench]"' in result.stderr
+        assert fake.requests == []
+
+    def test_a_store_that_refuses(self, fake: FakeS3) -> None:
+        fake.inject(Refuse("AccessDenied"), operation="PutObject", times=None)
+
+        result = run(*self.SMALL)
+
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert result.stderr.startswith("Error: PutObject ")

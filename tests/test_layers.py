@@ -27,8 +27,9 @@ ROWS = {
         *("_constructors", "_transfers", "_filesystem", "_landing", "_saving", "_loading"),
         *("_writer", "_reader", "_group_reader", "_planner", "_checkpoint"),
         *("_survey", "_catalog", "_verifying"),
+        *("_copies", "_places", "_movers", "_copying", "_bench"),
     ],
-    "cli": ["_cli", "__main__"],
+    "cli": ["_terminal", "_options", "_plots", "_cli_bench", "_cli", "__main__"],
 }
 ORDER = [module for row in ROWS.values() for module in row]
 ROW_OF = {module: row for row, modules in ROWS.items() for module in modules}
@@ -44,6 +45,7 @@ RESERVED = {
     "click": {"cli"},
     "tqdm": {"facade", "cli"},
     "opentelemetry": {"facade"},
+    "matplotlib": {"cli"},
 }
 
 PRESENT = sorted(path.stem for path in PACKAGE.glob("*.py") if path.stem != "__init__")

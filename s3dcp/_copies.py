@@ -1,0 +1,201 @@
+"""A copy of a checkpoint, decided: what it consists of, and what of it is there already.
+
+Names are those that the commits use, relative to the checkpoint's folder. All that a commit names
+is copied first; the commits follow, so that a copy that was cut off never looks complete. It can
+be taken up where it ended because a claim says what it was a copy of:
+
+| commits at the target | claim     | what is there under the checkpoint's names                   |
+|-----------------------|-----------|--------------------------------------------------------------|
+| the source's own      | any       | stays where it has the right size                            |
+| none                  | of this   | stays where it has the right size: it was renamed or put when|
+|                       |           | it was whole                                                 |
+| none                  | none, or  | goes: it may be anything                                     |
+|                       | another's |                                                              |
+| another checkpoint's  |           | refused, unless it may be replaced. Then the old one stays   |
+|                       |           | loadable until the commit, if no name is used by both; else  |
+|                       |           | it goes first, commits before data                           |
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+
+from s3dcp._checksums import combine
+from s3dcp._errors import CorruptMetadataError
+from s3dcp._inventory import is_commit
+from s3dcp._metadata import crcs_of, load_metadata
+from s3dcp._store import ObjectInfo
+
+#: What a claim is called, in the folder that is being written.
+CLAIM_NAME = ".s3dcp-copy"
+#: What follows the name of a file that is not whole yet.
+PARTIAL_SUFFIX = ".partial"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Item:
+    """Bytes [start, end) of an object: one stored piece of the entry `name`."""
+
+    name: str
+    start: int
+    end: int
+    crc: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """A checkpoint that is to be copied.
+
+    Attributes:
+        commits: Their bytes by name, in the order in which they are written: `__0.metadata` last
+            of the ranks', as a gap below others shows that ranks are missing.
+        files: What the commits name; an ETag stands for a version of the bytes.
+        items: Those of each file.
+    """
+
+    commits: Mapping[str, bytes]
+    files: Mapping[str, ObjectInfo]
+    items: Mapping[str, Sequence[Item]]
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of the files."""
+        return sum(info.size_bytes for info in self.files.values())
+
+    @property
+    def claim(self) -> bytes:
+        """A digest of what would be copied: the same as long as that is unchanged."""
+        parts = [(name, sha256(body).hexdigest()) for name, body in self.commits.items()]
+        parts += [(name, f"{info.size_bytes} {info.etag}") for name, info in self.files.items()]
+        return sha256(repr(sorted(parts)).encode()).hexdigest().encode()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a copy does.
+
+    Attributes:
+        missing: The files to copy.
+        uncommitted: The replaced checkpoint's commits, where they cannot stay until the end.
+        removed_first: What goes after them, and before anything is written.
+        removed_last: What only the replaced checkpoint used, which goes after the commit.
+        trusted: Whether files that are not whole are parts of the right ones.
+    """
+
+    missing: tuple[str, ...]
+    uncommitted: tuple[str, ...]
+    removed_first: tuple[str, ...]
+    removed_last: tuple[str, ...]
+    trusted: bool
+
+
+def items_of(commits: Mapping[str, bytes], source: str) -> dict[str, list[Item]]:
+    """Return what commits name: the items of each file, in order.
+
+    Raises:
+        CorruptMetadataError: a commit cannot be read, or names another commit as its data.
+    """
+    found: dict[str, list[Item]] = {}
+    for commit, body in commits.items():
+        metadata = load_metadata(body, source=f"{source}{commit}")
+        for index, info in metadata.storage_data.items():
+            if is_commit(info.relative_path) or info.relative_path == CLAIM_NAME:
+                raise CorruptMetadataError(
+                    f"{source}{commit} is forged: it names {info.relative_path!r} as its data"
+                )
+            crcs = crcs_of(info)
+            end = info.offset + info.length
+            crc = None if crcs is None else crcs.item
+            item = Item(name=index.fqn, start=info.offset, end=end, crc=crc)
+            found.setdefault(info.relative_path, []).append(item)
+    return {name: sorted(found[name], key=lambda item: item.start) for name in sorted(found)}
+
+
+def differs(manifest: Manifest, commits: Mapping[str, bytes]) -> bool:
+    """Return whether the commits at the target are those of another checkpoint."""
+    return any(manifest.commits.get(name) != body for name, body in commits.items())
+
+
+def plan(
+    manifest: Manifest,
+    there: Mapping[str, int],
+    commits: Mapping[str, bytes],
+    *,
+    claimed: bool,
+    named: Iterable[str] | None = (),
+) -> Plan:
+    """Decide what to copy, and what goes.
+
+    Args:
+        manifest: What is copied.
+        there: The sizes of the files at the target that have names of the manifest's.
+        commits: Those at the target.
+        claimed: Whether an earlier run began to copy just this.
+        named: What another checkpoint's commits at the target name; None if they cannot be read.
+    """
+    replaces = differs(manifest, commits)
+    clash = replaces and (
+        named is None
+        or not manifest.files.keys().isdisjoint(named)
+        or not commits.keys() <= manifest.commits.keys()
+    )
+    trusted = not clash and (claimed or (bool(commits) and not replaces))
+    missing = tuple(
+        name
+        for name, info in manifest.files.items()
+        if not (trusted and there.get(name) == info.size_bytes)
+    )
+    stale = [name for name in missing if name in there]
+    old = sorted(set(named or ()) - manifest.files.keys()) if replaces else []
+    return Plan(
+        missing=missing,
+        uncommitted=tuple(commits) if clash else (),
+        removed_first=(*old, *stale) if clash else tuple(stale),
+        removed_last=() if clash else tuple(old),
+        trusted=trusted,
+    )
+
+
+class Checks:
+    """The CRCs of a file's items, put together from those of its bytes as they pass by.
+
+    Args:
+        items: Those of the file, in order. Of those without a CRC nothing is checked.
+    """
+
+    def __init__(self, items: Iterable[Item]) -> None:
+        self._items = [item for item in items if item.crc is not None and item.end > item.start]
+        self._edges = sorted({edge for item in self._items for edge in (item.start, item.end)})
+        self._sums: dict[int, tuple[int, int]] = {}
+
+    def segments(self, start: int, end: int) -> list[tuple[int, int]]:
+        """Cut bytes [start, end) where items begin or end; nothing if no item needs them."""
+        if not self._edges:
+            return []
+        inside = self._edges[bisect_right(self._edges, start) : bisect_left(self._edges, end)]
+        return list(zip([start, *inside], [*inside, end], strict=True))
+
+    def add(self, segments: Iterable[tuple[int, int]], crcs: Iterable[int]) -> None:
+        """Take note of the CRCs of segments."""
+        for (start, end), crc in zip(segments, crcs, strict=True):
+            self._sums[start] = (crc, end - start)
+
+    def forget(self) -> None:
+        """Start over."""
+        self._sums.clear()
+
+    def wrong(self, end: int) -> Item | None:
+        """Return an item within the first `end` bytes whose CRC is another than it was saved with.
+
+        Their segments must have been added.
+        """
+        starts = sorted(self._sums)
+        for item in self._items:
+            if item.end <= end:
+                own = starts[bisect_left(starts, item.start) : bisect_left(starts, item.end)]
+                if combine(self._sums[start] for start in own) != item.crc:
+                    return item
+        return None

@@ -1,0 +1,354 @@
+"""The bytes of a copy: from a bucket to a disk, the other way, or within a store.
+
+A few buffers of a part each are all the memory that it takes. Files are read and written by worker
+threads, through buffers and not through a mapping: there, a page that has to be read from the disk
+first would hold up the loop, and one that is gone for good, since somebody cuts the file short,
+would end the process with a SIGBUS.
+
+On a disk the parts of a file are written in order. So the length of one that was cut off says how
+far it had come, and the copy goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from s3dcp._checksums import crcs_of
+from s3dcp._config import MiB
+from s3dcp._copies import Checks, Item
+from s3dcp._downloads import Downloads
+from s3dcp._errors import CheckpointChangedError, IntegrityError, ObjectNotFoundError
+from s3dcp._flow import wait_all
+from s3dcp._keys import S3Uri
+from s3dcp._landing import damaged
+from s3dcp._places import Bucket, Folder, partial_of, version_of
+from s3dcp._portal import offload
+from s3dcp._ranges import cut, span_bytes, upload_part_bytes
+from s3dcp._s3client import copy
+from s3dcp._store import ObjectInfo
+from s3dcp._uploads import Upload
+
+_READ_BYTES = 8 * MiB
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cargo:
+    """What is to be moved.
+
+    Attributes:
+        files: Those that are missing at the target.
+        items: Whose CRCs are compared, by file.
+        resume: Whether files that are there in part are parts of these.
+        advance: Told how many bytes more are at the target.
+    """
+
+    files: Sequence[ObjectInfo]
+    items: Mapping[str, Sequence[Item]]
+    resume: bool
+    advance: Callable[[int], None]
+
+    def checks(self, info: ObjectInfo) -> Checks:
+        """Return what compares the CRCs of a file's items."""
+        return Checks(self.items.get(info.key, ()))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What may be used for it.
+
+    Attributes:
+        memory_bytes: For buffers. One is used in any case.
+        part_bytes: The least size of a request.
+        connections: How many requests there may be at once.
+    """
+
+    memory_bytes: int
+    part_bytes: int
+    connections: int
+
+    @property
+    def buffer_bytes(self) -> int:
+        """The size with which every connection has a buffer."""
+        return max(self.part_bytes, self.memory_bytes // self.connections)
+
+    def buffers(self, size_bytes: int) -> int:
+        """Return how many of a size there may be."""
+        return max(1, min(self.memory_bytes // size_bytes, self.connections))
+
+
+async def download(source: Bucket, target: Folder, cargo: Cargo, room: Room) -> int:
+    """Copy from a bucket to a disk; return how many bytes were there already.
+
+    Raises:
+        CheckpointChangedError: an object was replaced or deleted meanwhile.
+        IntegrityError: an item is not what was saved.
+        OSError: the disk refused a file.
+        S3Exception: as the store.
+    """
+    total_bytes = sum(info.size_bytes for info in cargo.files)
+    size = min(span_bytes(total_bytes, room.part_bytes, room.connections), room.buffer_bytes)
+    downloads = Downloads(source.channel)
+    opened: set[_Incoming] = set()
+    resumed_bytes = 0
+
+    async def work(queue: _Queue) -> None:
+        buffer = memoryview(bytearray(size))
+        while part := await queue.take():
+            view = buffer[: part.end - part.start]
+            segments = part.file.checks.segments(part.start, part.end)
+            checked = [view[a - part.start : b - part.start] for a, b in segments]
+            try:
+                crcs = await downloads.fetch(part.file.uri, part.start, [view], checked)
+            except ObjectNotFoundError as exc:
+                raise _changed(part.file.uri) from exc
+            part.file.checks.add(segments, crcs)
+            await part.previous.wait()
+            await offload(part.file.write, view)
+            part.written.set()
+            cargo.advance(view.nbytes)
+            if part.end == part.file.size_bytes:
+                await offload(part.file.finish)
+                opened.discard(part.file)
+
+    async def parts() -> AsyncGenerator[_Part]:
+        nonlocal resumed_bytes
+        for info in cargo.files:
+            uri = source.uri(info.key)
+            downloads.pin(uri, info.etag)
+            file = await offload(_Incoming, target, info, uri, cargo.checks(info))
+            opened.add(file)
+            start = await offload(file.begin, cargo.resume)
+            resumed_bytes += start
+            cargo.advance(start)
+            if start == info.size_bytes:
+                await offload(file.finish)
+                opened.discard(file)
+            written = asyncio.Event()
+            written.set()
+            for a, b in cut(start, info.size_bytes, size):
+                previous, written = written, asyncio.Event()
+                yield _Part(file, a, b, previous, written)
+
+    try:
+        async with aclosing(parts()) as generator:
+            queue = _Queue(generator)
+            await wait_all([partial(work, queue)] * room.buffers(size))
+    finally:
+        for file in opened:
+            file.close()
+    return resumed_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Bytes [start, end) of a file that is written in order."""
+
+    file: _Incoming
+    start: int
+    end: int
+    previous: asyncio.Event
+    written: asyncio.Event
+
+
+class _Queue:
+    """Parts, for many to take from."""
+
+    def __init__(self, parts: AsyncGenerator[_Part]) -> None:
+        self._parts = parts
+        self._taking = asyncio.Lock()
+
+    async def take(self) -> _Part | None:
+        async with self._taking:
+            return await anext(self._parts, None)
+
+
+class _Incoming:
+    """A file that is being written. But for its `checks`, used by one worker thread at a time."""
+
+    def __init__(self, target: Folder, info: ObjectInfo, uri: S3Uri, checks: Checks) -> None:
+        self.uri = uri
+        self.size_bytes = info.size_bytes
+        self.checks = checks
+        self._target = target
+        self._name = info.key
+        self._partial = partial_of(target.file(info.key))
+        self._partial.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._partial.open("a+b", buffering=0)
+
+    def begin(self, resume: bool) -> int:
+        """Return how many bytes are there already: none, unless it goes on where it ended."""
+        size_bytes = os.fstat(self._file.fileno()).st_size
+        if resume and size_bytes <= self.size_bytes and self._is_sound(size_bytes):
+            return size_bytes
+        self._file.truncate(0)
+        self.checks.forget()
+        return 0
+
+    def _is_sound(self, size_bytes: int) -> bool:
+        buffer = memoryview(bytearray(min(_READ_BYTES, size_bytes)))
+        for start, end in cut(0, size_bytes, _READ_BYTES):
+            segments = self.checks.segments(start, end)
+            if segments:
+                _fill(self._file, start, buffer[: end - start])
+                views = [buffer[a - start : b - start] for a, b in segments]
+                self.checks.add(segments, crcs_of(views))
+        return self.checks.wrong(size_bytes) is None
+
+    def write(self, view: memoryview) -> None:
+        """Append bytes."""
+        while view.nbytes:
+            view = view[self._file.write(view) :]
+
+    def finish(self) -> None:
+        """Give it its name, if it is what was saved; else remove it."""
+        wrong = self.checks.wrong(self.size_bytes)
+        if wrong is not None:
+            self.close()
+            self._partial.unlink()
+            raise damaged(wrong.name, self.uri, wrong.start, wrong.end)
+        self._target.publish(self._file, self._name)
+
+    def close(self) -> None:
+        """Leave it as it is."""
+        self._file.close()
+
+
+async def upload(source: Folder, target: Bucket, cargo: Cargo, room: Room) -> None:
+    """Copy from a disk to a bucket.
+
+    Raises:
+        CheckpointChangedError: a file was changed or removed meanwhile.
+        IntegrityError: an item is not what was saved.
+        OSError: a file cannot be read.
+        S3Exception: as the store.
+    """
+    files = [_Outgoing(source, target, info, cargo.checks(info), room) for info in cargo.files]
+    if not files:
+        return
+    parts = ((file, number, a, b) for file in files for number, (a, b) in file.parts())
+    size = max(file.part_bytes for file in files)
+
+    async def work() -> None:
+        buffer = memoryview(bytearray(size))
+        for file, number, start, end in parts:
+            view = buffer[: end - start]
+            await offload(file.read, start, view)
+            await file.send(number, start, view)
+            cargo.advance(view.nbytes)
+
+    try:
+        await wait_all([work] * room.buffers(size))
+    except BaseException:
+        await wait_all([file.upload.abort for file in files if file.is_open])
+        raise
+
+
+class _Outgoing:
+    """A file on its way up."""
+
+    def __init__(
+        self, source: Folder, target: Bucket, info: ObjectInfo, checks: Checks, room: Room
+    ) -> None:
+        self.upload = Upload(target.channel, target.uri(info.key))
+        self.part_bytes = min(
+            upload_part_bytes(
+                info.size_bytes, room.part_bytes, room.connections, room.buffer_bytes
+            ),
+            max(info.size_bytes, 1),
+        )
+        self.is_open = False
+        self._path = source.file(info.key)
+        self._info = info
+        self._checks = checks
+        self._count = max(1, -(-info.size_bytes // self.part_bytes))
+        self._left = self._count
+
+    def parts(self) -> Iterator[tuple[int, tuple[int, int]]]:
+        """Return the parts' numbers, and where they are in the file."""
+        if not self._info.size_bytes:
+            return iter([(1, (0, 0))])
+        return enumerate(cut(0, self._info.size_bytes, self.part_bytes), 1)
+
+    def read(self, start: int, view: memoryview) -> None:
+        """Read a part."""
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                _fill(file, start, view)
+                version = version_of(os.fstat(file.fileno()))
+        except (FileNotFoundError, EOFError) as exc:
+            raise _changed(self._path) from exc
+        if version != self._info.etag:
+            raise _changed(self._path)
+
+    async def send(self, number: int, start: int, view: memoryview) -> None:
+        """Send a part; with the last one that is left, publish the object."""
+        end = start + view.nbytes
+        segments = self._checks.segments(start, end)
+        views = [view[a - start : b - start] for a, b in segments]
+        if self._count == 1:
+            self._checks.add(segments, await offload(crcs_of, views))
+            self._verify()  # before it is there: it would be taken for whole by another run
+            await self.upload.put(views or [view])
+            return
+        self.is_open = True
+        crcs = await self.upload.send(number, views or [view])
+        self._checks.add(segments, crcs if segments else ())
+        self._left -= 1
+        if not self._left:
+            self._verify()
+            await self.upload.complete(self._count)
+            self.is_open = False
+
+    def _verify(self) -> None:
+        wrong = self._checks.wrong(self._info.size_bytes)
+        if wrong is not None:
+            raise IntegrityError(
+                f"{wrong.name}: bytes [{wrong.start}, {wrong.end}) of {self._path} differ from "
+                "those that were saved (CRC64NVME): copy an older checkpoint"
+            )
+
+
+async def copy_within(source: Bucket, target: Bucket, cargo: Cargo) -> None:
+    """Copy inside the store, which compares no items' CRCs.
+
+    Raises:
+        CheckpointChangedError: an object was deleted meanwhile.
+        S3Exception: as the store.
+    """
+
+    async def one(info: ObjectInfo) -> None:
+        uri = source.uri(info.key)
+        try:
+            await copy(target.channel, uri, target.uri(info.key))
+        except ObjectNotFoundError as exc:
+            raise _changed(uri) from exc
+        cargo.advance(info.size_bytes)
+
+    await wait_all([partial(one, info) for info in cargo.files])
+
+
+def _fill(file: io.RawIOBase, start: int, view: memoryview) -> None:
+    """Read as many bytes as fit.
+
+    Raises:
+        EOFError: there are not so many.
+    """
+    file.seek(start)
+    while view.nbytes:
+        count = file.readinto(view)
+        if not count:
+            raise EOFError
+        view = view[count:]
+
+
+def _changed(where: S3Uri | Path) -> CheckpointChangedError:
+    return CheckpointChangedError(
+        f"{where} was replaced or deleted while it was being copied: copy the checkpoint again"
+    )

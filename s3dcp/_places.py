@@ -1,0 +1,293 @@
+"""Where a checkpoint is copied from and to: a folder in a bucket, or one on a disk.
+
+Both go by the names that commits use, and both are asked on the portal's loop, which they do not
+block.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+from s3dcp._copies import CLAIM_NAME, PARTIAL_SUFFIX
+from s3dcp._errors import CheckpointNotFoundError, CommitConflictError, InvalidS3UriError
+from s3dcp._flow import Channel, wait_all
+from s3dcp._inventory import commits_by_folder, is_commit, place_of
+from s3dcp._keys import S3Uri, child_key
+from s3dcp._portal import offload
+from s3dcp._publish import publish, read
+from s3dcp._s3client import delete, list_all
+from s3dcp._store import ObjectInfo
+from s3dcp._survey import commits_in, no_checkpoint
+from s3dcp._uploads import Upload
+
+if sys.platform != "win32":
+    import fcntl
+
+
+class Place(Protocol):
+    """A checkpoint's folder."""
+
+    def check(self, name: str) -> None:
+        """Refuse a name that leads outside of the folder, or that nothing in it can have.
+
+        Raises:
+            InvalidS3UriError: it does.
+        """
+
+    def no_checkpoint(self) -> CheckpointNotFoundError:
+        """Return the error for a folder without a commit."""
+
+    async def commits(self) -> tuple[ObjectInfo, ...]:
+        """Return the commits that lie directly in the folder."""
+
+    async def files(self, names: Iterable[str]) -> dict[str, ObjectInfo]:
+        """Return those of these names that are there; an ETag stands for a version of the bytes."""
+
+    async def read(self, name: str) -> bytes | None:
+        """Return the bytes of a small file, or None where there is none."""
+
+    async def remove(self, names: Iterable[str]) -> None:
+        """Remove files, whole or not; those that are absent are no error."""
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Return a context in which no other process copies to this place, as far as it can tell.
+
+        Raises:
+            CommitConflictError: one does.
+        """
+
+    async def claim(self, body: bytes) -> None:
+        """Say of what this is going to be a copy."""
+
+    async def commit(self, name: str, body: bytes, *, overwrite: bool) -> None:
+        """Publish a commit. All that was written before is there from then on, after a crash too.
+
+        Raises:
+            CheckpointExistsError: there is another, and `overwrite` is false.
+        """
+
+
+class Bucket:
+    """A folder in a bucket.
+
+    Args:
+        channel: The client's.
+        folder: Its key ends with a slash.
+    """
+
+    def __init__(self, channel: Channel, folder: S3Uri) -> None:
+        self.channel = channel
+        self.folder = folder
+
+    def __str__(self) -> str:
+        return str(place_of(self.folder))
+
+    def uri(self, name: str) -> S3Uri:
+        """Return where a file is."""
+        return S3Uri(self.folder.bucket, child_key(self.folder.key, name, source=str(self)))
+
+    def check(self, name: str) -> None:
+        self.uri(name)
+
+    def no_checkpoint(self) -> CheckpointNotFoundError:
+        return no_checkpoint(self.folder)
+
+    async def commits(self) -> tuple[ObjectInfo, ...]:
+        return tuple(map(self._named, await commits_in(self.channel, self.folder)))
+
+    async def files(self, names: Iterable[str]) -> dict[str, ObjectInfo]:
+        wanted = {self.uri(name).key: name for name in names}
+        listing = await list_all(self.channel, self.folder)
+        return {wanted[info.key]: self._named(info) for info in listing if info.key in wanted}
+
+    async def read(self, name: str) -> bytes | None:
+        found = await read(self.channel, self.uri(name))
+        return None if found is None else bytes(found.body)
+
+    async def remove(self, names: Iterable[str]) -> None:
+        await wait_all([partial(delete, self.channel, self.uri(name)) for name in names])
+
+    def alone(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    async def claim(self, body: bytes) -> None:
+        await Upload(self.channel, self.uri(CLAIM_NAME)).put([memoryview(body)])
+
+    async def commit(self, name: str, body: bytes, *, overwrite: bool) -> None:
+        await publish(self.channel, self.uri(name), body, overwrite=overwrite)
+
+    def _named(self, info: ObjectInfo) -> ObjectInfo:
+        name = info.key.removeprefix(self.folder.key)
+        return ObjectInfo(key=name, size_bytes=info.size_bytes, etag=info.etag)
+
+
+class Folder:
+    """A folder on a disk.
+
+    Files are written under a name with `.partial` at its end, and renamed when they are whole and
+    on the disk.
+
+    Args:
+        path: It need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._unsynced: set[Path] = set()
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def file(self, name: str) -> Path:
+        """Return where a file is.
+
+        Raises:
+            InvalidS3UriError: no file in the folder can have this name.
+        """
+        parts = name.split("/")
+        foreign = set("\0") if os.sep == "/" else set("\0\\:")
+        if (
+            not {"", ".", ".."}.isdisjoint(parts)
+            or not foreign.isdisjoint(name)
+            or name.endswith(PARTIAL_SUFFIX)
+        ):
+            raise InvalidS3UriError(
+                f"The checkpoint names {name!r}, which no file below {self.path} can be called"
+            )
+        return self.path.joinpath(*parts)
+
+    def check(self, name: str) -> None:
+        self.file(name)
+
+    def no_checkpoint(self) -> CheckpointNotFoundError:
+        return CheckpointNotFoundError(f"No checkpoint at {self.path}: there is no .metadata in it")
+
+    async def commits(self) -> tuple[ObjectInfo, ...]:
+        return await offload(self._commits)
+
+    def _commits(self) -> tuple[ObjectInfo, ...]:
+        if not self.path.is_dir():
+            return ()
+        names = [path.name for path in self.path.iterdir() if is_commit(path.name)]
+        return commits_by_folder(self._files(names).values()).get("", ())
+
+    async def files(self, names: Iterable[str]) -> dict[str, ObjectInfo]:
+        return await offload(self._files, list(names))
+
+    def _files(self, names: Iterable[str]) -> dict[str, ObjectInfo]:
+        found = {}
+        for name in names:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                found[name] = _info(name, self.file(name).stat())
+        return found
+
+    async def read(self, name: str) -> bytes | None:
+        return await offload(self._read, self.file(name))
+
+    @staticmethod
+    def _read(path: Path) -> bytes | None:
+        with suppress(FileNotFoundError):
+            return path.read_bytes()
+        return None
+
+    async def remove(self, names: Iterable[str]) -> None:
+        await offload(self._remove, list(names))
+
+    def _remove(self, names: Iterable[str]) -> None:
+        for name in names:
+            path = self.file(name)
+            for each in (path, partial_of(path)):
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    each.unlink()
+                    self._changed(each)
+        self._sync_folders()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        self.path.mkdir(parents=True, exist_ok=True)
+        path = self.path / CLAIM_NAME
+        with path.open("ab") as claim:
+            _lock(claim, self.path)
+            try:
+                yield
+            finally:
+                with suppress(FileNotFoundError):
+                    if not path.stat().st_size:  # it came to nothing
+                        path.unlink()
+
+    async def claim(self, body: bytes) -> None:
+        # In place, as it is locked; one that is cut short claims nothing.
+        await offload((self.path / CLAIM_NAME).write_bytes, body)
+
+    async def commit(self, name: str, body: bytes, *, overwrite: bool) -> None:  # noqa: ARG002
+        await offload(self._commit, name, body)
+
+    def _commit(self, name: str, body: bytes) -> None:
+        self._sync_folders()  # so that the names of all files are on the disk before this one's
+        path = partial_of(self.file(name))
+        with path.open("wb") as file:
+            file.write(body)
+            publish_file(file, self.file(name))
+        self._changed(self.file(name))
+        self._sync_folders()
+
+    def publish(self, file: BinaryIO, name: str) -> None:
+        """Give a file that is whole its name, once it is on the disk."""
+        path = self.file(name)
+        publish_file(file, path)
+        self._changed(path)
+
+    def _changed(self, path: Path) -> None:
+        """Take note of a file that was renamed or removed: its folders' entries are to be kept."""
+        self._unsynced.update(path.parents[: len(path.relative_to(self.path.parent).parts)])
+
+    def _sync_folders(self) -> None:
+        while self._unsynced:
+            _sync_folder(self._unsynced.pop())
+
+
+def partial_of(path: Path) -> Path:
+    """Return what a file is called as long as it is not whole."""
+    return path.with_name(path.name + PARTIAL_SUFFIX)
+
+
+def publish_file(file: BinaryIO, path: Path) -> None:
+    """Close a partial file and give it its name, once it is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    partial_of(path).replace(path)
+
+
+def version_of(status: os.stat_result) -> str:
+    """Return what stands for a version of a file's bytes."""
+    return f"{status.st_ino}-{status.st_mtime_ns}"
+
+
+def _info(name: str, status: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(key=name, size_bytes=status.st_size, etag=version_of(status))
+
+
+def _lock(file: BinaryIO, folder: Path) -> None:
+    if sys.platform != "win32":
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as exc:
+            raise CommitConflictError(
+                f"Another process copies a checkpoint to {folder}: wait until it has ended"
+            ) from exc
+
+
+def _sync_folder(path: Path) -> None:
+    if os.name == "posix":
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,627 @@
+"""Checkpoints copied between S3 and a disk: whole, cut off and gone on with, damaged, forged."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+
+import s3dcp
+from s3dcp import (
+    CheckpointChangedError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CommitConflictError,
+    CopyReport,
+    CorruptMetadataError,
+    IntegrityError,
+    InvalidS3UriError,
+    ObjectNotFoundError,
+    S3ClientConfig,
+    S3ConfigError,
+    S3Exception,
+    copy,
+)
+from s3dcp.testing import Call, FakeS3, Fault, FlipByte, Record, Refuse, Stall
+from tests._catalogs import BUCKET, metadata_of, put_checkpoint, put_data
+from tests._states import MiB, StateDict, assert_same, blank, fill
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests._servers import Server
+
+RUN = f"s3://{BUCKET}/run"
+COPY = f"s3://{BUCKET}/copy"
+_LIMIT_S = 60
+# One request after the other.
+ONE = S3ClientConfig(max_connections=1, part_size=5 * MiB, memory_budget_bytes=10 * MiB)
+
+
+@pytest.fixture(scope="module")
+def _fake() -> Iterator[FakeS3]:
+    with FakeS3() as server:
+        yield server
+
+
+@pytest.fixture
+def fake(_fake: FakeS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
+    for name, value in _fake.environ().items():
+        monkeypatch.setenv(name, value)
+    _fake.forget()
+    _fake.create_bucket(BUCKET)
+    yield _fake
+    for key in _fake.keys(BUCKET):
+        _fake.delete(BUCKET, key)
+    _fake.check()
+
+
+def state(seed: int = 1) -> StateDict:
+    """Return two objects' worth with `thread_count=2`: one of 17 MiB, and a small one."""
+    return {
+        "large": fill((17, 1 << 18), seed=seed),
+        "small": {f"{n}": fill((n, 5), torch.bfloat16, seed) for n in range(7)},
+        "step": seed,
+    }
+
+
+def save(uri: str = RUN, seed: int = 1) -> StateDict:
+    saved = state(seed)
+    s3dcp.save(saved, uri, thread_count=2)
+    return saved
+
+
+def save_stock(folder: Path, seed: int = 1, **options: Any) -> StateDict:
+    """Save with torch's own writer, whose names are the same for all checkpoints."""
+    saved = state(seed)
+    dcp.save(saved, storage_writer=FileSystemWriter(folder), no_dist=True, **options)
+    return saved
+
+
+def assert_on_disk(folder: Path, saved: StateDict) -> None:
+    """Load with torch's own reader; nothing that is not whole may be left."""
+    loaded = blank(saved)
+    dcp.load(loaded, storage_reader=FileSystemReader(folder), no_dist=True)
+    assert_same(loaded, saved)
+    assert not [path for path in folder.rglob("*") if path.name.endswith((".partial", "-copy"))]
+
+
+def assert_on_s3(fake: FakeS3, uri: str, saved: StateDict) -> None:
+    loaded = blank(saved)
+    s3dcp.load(loaded, uri)
+    assert_same(loaded, saved)
+    assert not [key for key in fake.keys(BUCKET) if key.endswith("-copy")]
+    assert fake.uploads(BUCKET) == {}
+
+
+def data_key(fake: FakeS3, folder: str = "run/", *, large: bool = True) -> str:
+    """Return the key of the object that holds the large tensor, or of the other."""
+    keys = [key for key in fake.keys(BUCKET, folder) if key.endswith(".distcp")]
+    return sorted(keys, key=lambda key: len(fake.read(BUCKET, key)))[-1 if large else 0]
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+
+
+class TestWhole:
+    def test_from_s3_to_a_disk(self, fake: FakeS3, tmp_path: Path) -> None:
+        saved = save()
+        told: list[tuple[int, int]] = []
+
+        report = copy(RUN, tmp_path / "new/folder", progress=lambda *step: told.append(step))
+
+        assert_on_disk(tmp_path / "new/folder", saved)
+        assert (report.objects, report.copied_objects) == (2, 2)
+        assert report.verified == 9
+        assert report.unverified == 0
+        assert sum(count for count, _ in told) == report.size_bytes == report.copied_bytes
+        assert {total for _, total in told} == {report.size_bytes}
+        assert report.totals.operations["GetObject"].size_bytes > report.size_bytes
+
+    @pytest.mark.parametrize("stock", [False, True], ids=["s3dcp's", "torch's"])
+    def test_from_a_disk_to_s3(self, fake: FakeS3, tmp_path: Path, stock: bool) -> None:
+        if stock:
+            saved = save_stock(tmp_path)
+        else:
+            saved = save()
+            copy(RUN, tmp_path)
+
+        report = copy(str(tmp_path), COPY)
+
+        assert_on_s3(fake, COPY, saved)
+        assert (report.verified, report.unverified) == ((0, 9) if stock else (9, 0))
+
+    def test_within_s3(self, fake: FakeS3) -> None:
+        saved = save()
+        fake.forget()
+
+        report = copy(RUN, COPY)
+
+        assert_on_s3(fake, COPY, saved)
+        assert report.unverified == 9
+        assert fake.stats()["CopyObject"] == 2
+
+    def test_a_prefix_of_each_rank_is_a_folder(self, fake: FakeS3, tmp_path: Path) -> None:
+        saved = state()
+        strategy = s3dcp.RoundRobinPrefixStrategy(["left"], epoch_num=3)
+        s3dcp.save(saved, RUN, prefix_strategy=strategy)
+
+        copy(RUN, tmp_path)
+
+        assert_on_disk(tmp_path, saved)
+        assert len(list((tmp_path / "left/epoch_3").iterdir())) == 1
+
+    def test_ranks_that_committed_by_themselves(self, fake: FakeS3, tmp_path: Path) -> None:
+        """The first rank's commit goes last: a gap below others shows that one is missing."""
+        for rank in range(3):
+            put_checkpoint(fake, "run/", f"__{rank}_0.distcp", commit=f"__{rank}.metadata")
+        copy(RUN, tmp_path)
+        refused = fake.inject(
+            Refuse("AccessDenied"), operation="PutObject", key="copy/__0.metadata"
+        )
+
+        with pytest.raises(S3Exception):
+            copy(tmp_path, COPY)
+
+        assert len(refused.struck) == 1
+        [found] = s3dcp.list_checkpoints(COPY)
+        assert found.problem == "rank 0 did not commit"
+        copy(tmp_path, COPY)
+        [found] = s3dcp.list_checkpoints(COPY)
+        assert (found.complete, found.objects) == (True, 3)
+
+    def test_again_it_has_nothing_to_do(self, fake: FakeS3, tmp_path: Path) -> None:
+        save()
+        copy(RUN, tmp_path)
+        copy(tmp_path, COPY)
+        fake.forget()
+
+        assert copy(RUN, tmp_path).copied_objects == 0
+        assert copy(tmp_path, COPY).copied_objects == 0
+        assert set(fake.stats()) & {"PutObject", "CreateMultipartUpload", "DeleteObject"} == set()
+
+    def test_what_was_lost_of_a_copy_is_copied(self, fake: FakeS3, tmp_path: Path) -> None:
+        saved = save()
+        copy(RUN, tmp_path)
+        min(tmp_path.glob("*.distcp"), key=lambda path: path.stat().st_size).unlink()
+
+        assert copy(RUN, tmp_path).copied_objects == 1
+        assert_on_disk(tmp_path, saved)
+
+    def test_an_empty_object(self, fake: FakeS3, tmp_path: Path) -> None:
+        fake.write(BUCKET, "run/__0_0.distcp", b"")
+        fake.write(BUCKET, "run/.metadata", metadata_of({"__0_0.distcp": 0}))
+
+        copy(RUN, tmp_path)
+        copy(tmp_path, COPY)
+
+        assert (tmp_path / "__0_0.distcp").read_bytes() == b""
+        assert fake.read(BUCKET, "copy/__0_0.distcp") == b""
+
+    def test_from_any_loop_and_cancelled(self, fake: FakeS3, tmp_path: Path) -> None:
+        saved = save()
+        rule = fake.inject(Stall(), operation="GetObject", key="*.distcp")
+
+        async def run() -> CopyReport:
+            copying = asyncio.create_task(s3dcp.acopy(RUN, tmp_path))
+            await asyncio.to_thread(rule.wait)
+            copying.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await copying
+            rule.release()
+            assert not (tmp_path / ".metadata").exists()
+            return await s3dcp.acopy(RUN, tmp_path)
+
+        assert asyncio.run(run()).objects == 2
+        assert_on_disk(tmp_path, saved)
+
+    def test_on_rclone(self, server: Server, boto: Any, bucket: str, tmp_path: Path) -> None:
+        """Without conditional writes, and with ETags of multipart uploads that change."""
+        saved = state()
+        s3dcp.save(saved, f"s3://{bucket}/run")
+
+        copy(f"s3://{bucket}/run", tmp_path)
+        copy(tmp_path, f"s3://{bucket}/copy")
+        copy(f"s3://{bucket}/copy", f"s3://{bucket}/again")
+
+        assert_on_disk(tmp_path, saved)
+        loaded = blank(saved)
+        s3dcp.load(loaded, f"s3://{bucket}/again")
+        assert_same(loaded, saved)
+
+
+class TestCutOff:
+    def test_a_file_on_a_disk_goes_on_where_it_ended(self, fake: FakeS3, tmp_path: Path) -> None:
+        saved = save()
+        large = data_key(fake)
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key=large, skip=2)
+
+        with pytest.raises(S3Exception):
+            copy(RUN, tmp_path, s3client_config=ONE)
+
+        [part] = tmp_path.glob("*.partial")
+        assert part.stat().st_size == 10 * MiB
+        assert not (tmp_path / ".metadata").exists()
+        fake.forget()
+        told: list[int] = []
+        report = copy(RUN, tmp_path, progress=lambda n, _: told.append(n), s3client_config=ONE)
+        ranges = [each.headers["range"] for each in fake.requests if each.key == large]
+        assert ranges[0].startswith(f"bytes={10 * MiB}-")
+        assert len(ranges) == 2
+        small = len(fake.read(BUCKET, data_key(fake, large=False)))
+        assert report.copied_bytes in {
+            report.size_bytes - 10 * MiB,  # the small one had not been copied yet,
+            report.size_bytes - 10 * MiB - small,  # or it had
+        }
+        assert_on_disk(tmp_path, saved)
+
+    def test_what_a_crash_has_left_of_it_is_not_believed(
+        self, fake: FakeS3, tmp_path: Path
+    ) -> None:
+        saved = save()
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key=data_key(fake), skip=2)
+        with pytest.raises(S3Exception):
+            copy(RUN, tmp_path, s3client_config=ONE)
+        # The large tensor is longer than what is there of it: its CRC tells only in the end.
+        [part] = tmp_path.glob("*.partial")
+        data = bytearray(part.read_bytes())
+        data[7 * MiB] ^= 1
+        part.write_bytes(data)
+        fake.forget()
+
+        with pytest.raises(IntegrityError, match="large: bytes"):
+            copy(RUN, tmp_path, s3client_config=ONE)
+
+        assert not part.exists()
+        copy(RUN, tmp_path)
+        assert_on_disk(tmp_path, saved)
+
+    def test_whole_items_that_were_damaged_are_found_before_anything_is_fetched(
+        self, fake: FakeS3, tmp_path: Path
+    ) -> None:
+        saved = {f"{n}": fill((1 << 18,), seed=n) for n in range(12)}
+        s3dcp.save(saved, RUN)
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key=data_key(fake), skip=2)
+        with pytest.raises(S3Exception):
+            copy(RUN, tmp_path, s3client_config=ONE)
+        [part] = tmp_path.glob("*.partial")
+        data = bytearray(part.read_bytes())
+        data[100_000] ^= 1
+        part.write_bytes(data)
+
+        report = copy(RUN, tmp_path)
+
+        assert report.copied_bytes == report.size_bytes
+        assert_on_disk(tmp_path, saved)
+
+    def test_objects_that_are_up_stay(self, fake: FakeS3, tmp_path: Path) -> None:
+        saved = save_stock(tmp_path)
+        fake.inject(Refuse("AccessDenied"), operation="PutObject", key="*/.metadata")
+        with pytest.raises(S3Exception):
+            copy(tmp_path, COPY)
+        assert s3dcp.list_checkpoints(COPY) == []
+        fake.forget()
+
+        assert copy(tmp_path, COPY).copied_objects == 0
+
+        assert "CreateMultipartUpload" not in fake.stats()
+        assert_on_s3(fake, COPY, saved)
+
+    def test_an_upload_that_fails_is_aborted(self, fake: FakeS3, tmp_path: Path) -> None:
+        saved = save_stock(tmp_path)
+        fake.inject(Refuse("AccessDenied"), operation="UploadPart", skip=1)
+        with pytest.raises(S3Exception):
+            copy(tmp_path, COPY)
+        assert fake.uploads(BUCKET) == {}
+
+        copy(tmp_path, COPY)
+
+        assert_on_s3(fake, COPY, saved)
+
+    @pytest.mark.parametrize("up", [False, True], ids=["to a disk", "to s3"])
+    def test_what_is_there_of_another_checkpoint_is_not_believed(
+        self, fake: FakeS3, tmp_path: Path, up: bool
+    ) -> None:
+        """Torch's writer gives the files of all checkpoints the same names and sizes."""
+        first, second = tmp_path / "first", tmp_path / "second"
+        save_stock(first, seed=1)
+        saved = save_stock(second, seed=2)
+        if not up:
+            copy(first, f"{RUN}/1")
+            copy(second, f"{RUN}/2")
+        sources = [str(first), str(second)] if up else [f"{RUN}/1", f"{RUN}/2"]
+        target = COPY if up else str(tmp_path / "copy")
+        fake.inject(Refuse("AccessDenied"), operation="PutObject", key="copy/.metadata")
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key="run/1/*.distcp", skip=2)
+        with pytest.raises(S3Exception):
+            copy(sources[0], target, s3client_config=ONE)
+
+        report = copy(sources[1], target)
+
+        assert report.copied_bytes == report.size_bytes
+        if up:
+            assert_on_s3(fake, COPY, saved)
+        else:
+            assert_on_disk(tmp_path / "copy", saved)
+
+    @pytest.mark.parametrize("up", [False, True], ids=["to a disk", "to s3"])
+    def test_killed(self, fake: FakeS3, tmp_path: Path, up: bool) -> None:
+        saved = save()
+        folder = tmp_path / "folder"
+        if up:
+            copy(RUN, folder)
+        places = [str(folder), COPY] if up else [RUN, str(folder)]
+        killed: list[subprocess.Popen[bytes]] = []
+
+        def kill(_: Record) -> Fault:
+            killed[0].kill()
+            return Stall()
+
+        rule = fake.inject(
+            Call(before=kill),
+            operation="UploadPart" if up else "GetObject",
+            key="*.distcp",
+            skip=1,
+        )
+        with subprocess.Popen([sys.executable, "-m", "s3dcp", "cp", *places]) as process:
+            killed.append(process)
+            assert process.wait(_LIMIT_S) == -signal.SIGKILL
+        assert rule.struck
+        fake.forget()
+        assert not (folder / ".metadata").exists() or up
+        assert [found.uri for found in s3dcp.list_checkpoints(f"s3://{BUCKET}/")] == [RUN]
+
+        copy(*places)
+
+        if up:
+            s3dcp.abort_uploads(COPY, grace_s=0, dry_run=False)
+            assert_on_s3(fake, COPY, saved)
+        else:
+            assert_on_disk(folder, saved)
+
+
+class TestAnotherCheckpoint:
+    @pytest.mark.parametrize("up", [False, True], ids=["on a disk", "on s3"])
+    def test_is_not_replaced_unless_told(self, fake: FakeS3, tmp_path: Path, up: bool) -> None:
+        save_stock(tmp_path / "first", seed=1)
+        saved = save_stock(tmp_path / "second", seed=2)
+        first, second = (
+            (f"{RUN}/1", f"{RUN}/2")
+            if not up
+            else (str(tmp_path / "first"), str(tmp_path / "second"))
+        )
+        if not up:
+            copy(tmp_path / "first", first)
+            copy(tmp_path / "second", second)
+        target = COPY if up else str(tmp_path / "copy")
+        copy(first, target)
+
+        with pytest.raises(CheckpointExistsError, match="--overwrite"):
+            copy(second, target)
+
+        copy(first, target)  # nothing was changed
+        copy(second, target, overwrite=True)
+        if up:
+            assert_on_s3(fake, COPY, saved)
+        else:
+            assert_on_disk(tmp_path / "copy", saved)
+
+    def test_stays_loadable_until_the_commit(self, fake: FakeS3, tmp_path: Path) -> None:
+        old = save(COPY, seed=1)
+        new = save(RUN, seed=2)
+        copy(RUN, tmp_path)
+        fake.inject(Refuse("AccessDenied"), operation="PutObject", key="copy/.metadata")
+
+        with pytest.raises(S3Exception):
+            copy(tmp_path, COPY, overwrite=True)
+
+        loaded = blank(old)
+        s3dcp.load(loaded, COPY)
+        assert_same(loaded, old)
+        copy(tmp_path, COPY, overwrite=True)
+        assert_on_s3(fake, COPY, new)
+        assert len(fake.keys(BUCKET, "copy/")) == 3  # what only the old one used is gone
+
+    def test_a_copy_of_names_in_use_is_no_checkpoint_before_its_end(
+        self, fake: FakeS3, tmp_path: Path
+    ) -> None:
+        save_stock(tmp_path / "first", seed=1)
+        saved = save_stock(tmp_path / "second", seed=2)
+        copy(tmp_path / "first", COPY)
+        fake.inject(Refuse("AccessDenied"), operation="UploadPart", skip=1)
+
+        with pytest.raises(S3Exception):
+            copy(tmp_path / "second", COPY, overwrite=True)
+
+        assert s3dcp.list_checkpoints(COPY) == []
+        copy(tmp_path / "second", COPY)
+        assert_on_s3(fake, COPY, saved)
+
+    def test_one_that_cannot_be_read(
+        self, fake: FakeS3, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        saved = save()
+        put_data(fake, "copy/", ".metadata", "__0_0.distcp")
+        copy(RUN, tmp_path)
+
+        copy(tmp_path, COPY, overwrite=True)
+
+        assert_on_s3(fake, COPY, saved)
+        assert "left in place" in caplog.text
+        assert "copy/__0_0.distcp" in fake.keys(BUCKET)
+
+
+class TestRefused:
+    def test_damaged_in_the_bucket_or_on_the_way(self, fake: FakeS3, tmp_path: Path) -> None:
+        save()
+        key = data_key(fake, large=False)
+        fake.inject(FlipByte(100), operation="GetObject", key=key, times=None)
+
+        with pytest.raises(IntegrityError, match=f"s3://{BUCKET}/{key} differ"):
+            copy(RUN, tmp_path)
+
+        assert not (tmp_path / ".metadata").exists()
+        assert copy(RUN, tmp_path, verify=False).verified == 0
+
+    @pytest.mark.parametrize("large", [False, True], ids=["one request", "parts"])
+    def test_damaged_on_the_disk(self, fake: FakeS3, tmp_path: Path, large: bool) -> None:
+        save()
+        copy(RUN, tmp_path)
+        path = tmp_path / data_key(fake, large=large).removeprefix("run/")
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+        with pytest.raises(IntegrityError, match=f"{path} differ"):
+            copy(tmp_path, COPY)
+
+        assert not [key for key in fake.keys(BUCKET, "copy/") if key.endswith(path.name)]
+        assert fake.uploads(BUCKET) == {}
+        report = copy(tmp_path, COPY, verify=False)
+        assert (report.verified, report.unverified > 0) == (0, True)
+
+    def test_incomplete(self, fake: FakeS3, tmp_path: Path) -> None:
+        put_checkpoint(fake, "run/", "__0_0.distcp", "__1_0.distcp")
+        fake.write(BUCKET, "run/__1_0.distcp", b"short")
+
+        with pytest.raises(IntegrityError, match=r"was not copied: cut short: __1_0\.distcp"):
+            copy(RUN, tmp_path / "copy")
+
+        assert not (tmp_path / "copy").exists()
+
+    @pytest.mark.parametrize(
+        ("source", "target", "error"),
+        [
+            ("{disk}/a", "{disk}/b", S3ConfigError),
+            ("", COPY, S3ConfigError),
+            (RUN, "", S3ConfigError),
+            ("gs://b/run", COPY, InvalidS3UriError),
+            (f"{RUN}/none", "{disk}/b", CheckpointNotFoundError),
+            ("{disk}/none", COPY, CheckpointNotFoundError),
+            ("s3://nowhere/run", "{disk}/b", S3Exception),
+            (RUN, "{disk}/file", FileExistsError),
+        ],
+    )
+    def test_what_cannot_be(
+        self, fake: FakeS3, tmp_path: Path, source: str, target: str, error: type[Exception]
+    ) -> None:
+        put_checkpoint(fake, "run/", "__0_0.distcp")
+        (tmp_path / "file").touch()
+
+        with pytest.raises(error):
+            copy(source.format(disk=tmp_path), target.format(disk=tmp_path))
+
+        assert not (tmp_path / "b").exists()
+
+    @pytest.mark.parametrize(
+        "name", ["../out", "/etc/out", "a//b", "a/../../out", "a/./b", "x.partial"]
+    )
+    @pytest.mark.parametrize("up", [False, True], ids=["to a disk", "to s3"])
+    def test_names_that_lead_out_of_the_folder(
+        self, fake: FakeS3, tmp_path: Path, name: str, up: bool
+    ) -> None:
+        body = metadata_of({name: 10})
+        folder = tmp_path / "below" / "folder"
+        if up:
+            folder.mkdir(parents=True)
+            (folder / ".metadata").write_bytes(body)
+            (folder / "../out").write_bytes(bytes(10))
+        else:
+            fake.write(BUCKET, "run/.metadata", body)
+            fake.write(BUCKET, "run/" + name, bytes(10))
+
+        with pytest.raises((InvalidS3UriError, CorruptMetadataError)):
+            copy(folder, COPY) if up else copy(RUN, folder)
+
+        assert fake.keys(BUCKET, "copy/") == []
+        assert up or not folder.exists()
+        assert not (tmp_path / "below/out").exists() or up
+
+    def test_the_source_is_replaced_meanwhile(self, fake: FakeS3, tmp_path: Path) -> None:
+        save()
+        key = data_key(fake)
+
+        def replace(_: Record) -> Fault:
+            put_checkpoint(fake, "run/", "__0_0.distcp")
+            return Fault()
+
+        rule = fake.inject(Call(before=replace), operation="GetObject", key=key)
+
+        with pytest.raises(CheckpointChangedError):
+            copy(RUN, tmp_path)
+
+        assert rule.struck
+        assert not (tmp_path / ".metadata").exists()
+
+    @pytest.mark.parametrize("cut", [False, True], ids=["rewritten", "cut short"])
+    def test_a_file_changes_meanwhile(self, fake: FakeS3, tmp_path: Path, cut: bool) -> None:
+        save_stock(tmp_path)
+        [path] = tmp_path.glob("*.distcp")
+
+        def change(_: Record) -> Fault:
+            if cut:
+                os.truncate(path, 6 * MiB)
+            else:
+                path.write_bytes(path.read_bytes())
+            return Fault()
+
+        fake.inject(Call(before=change), operation="UploadPart")
+
+        with pytest.raises(CheckpointChangedError, match=str(tmp_path)):
+            copy(tmp_path, COPY, s3client_config=ONE)
+
+        assert s3dcp.list_checkpoints(COPY) == []
+        assert fake.uploads(BUCKET) == {}
+
+    def test_two_copies_to_one_folder(self, fake: FakeS3, tmp_path: Path) -> None:
+        saved = save()
+        rule = fake.inject(Stall(), operation="GetObject", key="*.distcp")
+
+        async def both() -> None:
+            first = asyncio.create_task(s3dcp.acopy(RUN, tmp_path))
+            await asyncio.to_thread(rule.wait)
+            with pytest.raises(CommitConflictError, match="wait until it has ended"):
+                await s3dcp.acopy(RUN, tmp_path)
+            rule.release()
+            await first
+
+        asyncio.run(both())
+        assert_on_disk(tmp_path, saved)
+
+    def test_two_copies_to_one_prefix(self, fake: FakeS3, tmp_path: Path) -> None:
+        """The one that began later wins; the other finds out before it commits."""
+        save(RUN, seed=1)
+        copy(RUN, tmp_path / "first")
+        saved = save(RUN, seed=2)
+        copy(RUN, tmp_path / "second")
+        rule = fake.inject(Stall(head=False), operation="UploadPart")
+
+        async def both() -> None:
+            first = asyncio.create_task(s3dcp.acopy(tmp_path / "first", COPY))
+            await asyncio.to_thread(rule.wait)
+            await s3dcp.acopy(tmp_path / "second", COPY)
+            rule.release()
+            with pytest.raises(CommitConflictError, match="Another process began to copy"):
+                await first
+
+        asyncio.run(both())
+        assert_on_s3(fake, COPY, saved)
+
+    def test_an_object_that_is_gone(self, fake: FakeS3, tmp_path: Path) -> None:
+        save()
+        rule = fake.inject(Refuse("NoSuchKey"), operation="CopyObject", key="copy/*")
+
+        with pytest.raises(CheckpointChangedError) as raised:
+            copy(RUN, COPY)
+
+        assert rule.struck
+        assert isinstance(raised.value.__cause__, ObjectNotFoundError)

@@ -32,7 +32,7 @@ class Downloads:
         """Return what the store says of an object, whose reads are pinned to it from then on."""
         head = partial(self._channel.store.head, uri)
         info = await self._channel.request("HeadObject", uri, head)
-        self._pin(uri, info.etag)
+        self.pin(uri, info.etag)
         return info
 
     async def fetch(self, uri: S3Uri, start: int, into: Views, checked: Views = ()) -> list[int]:
@@ -66,9 +66,9 @@ class Downloads:
             except S3Exception:
                 # What came is a part of that object, and the rest must be, too.
                 if scatter.received:
-                    self._pin(uri, scatter.etag)
+                    self.pin(uri, scatter.etag)
                 raise
-            self._pin(uri, info.etag)
+            self.pin(uri, info.etag)
 
         if size_bytes:
             try:
@@ -90,9 +90,23 @@ class Downloads:
             ]
         )
 
-    def _pin(self, uri: S3Uri, etag: str | None) -> None:
+    def pin(self, uri: S3Uri, etag: str | None) -> None:
+        """Have all reads of an object be of the one with this ETag.
+
+        Raises:
+            CheckpointChangedError: another one was read before.
+        """
         if etag is not None and self._etags.setdefault(uri, etag) != etag:
             raise _changed(uri)
+
+
+_discarded = memoryview(bytearray(256 << 10))
+
+
+def discard(size_bytes: int) -> list[memoryview]:
+    """Return where bytes may go that nobody wants: memory that all requests share."""
+    whole, rest = divmod(size_bytes, _discarded.nbytes)
+    return [_discarded] * whole + ([_discarded[:rest]] if rest else [])
 
 
 def _changed(uri: S3Uri) -> CheckpointChangedError:

@@ -17,14 +17,18 @@ ROWS = {
     "errors": ["_errors", "_waiting", "_collector"],
     "portal": ["_calls", "_workers", "_loop_thread", "_cancellation", "_portal", "_budget"],
     "values": ["_config", "_keys", "_store"],
-    "pure": ["_checksums", "_ranges", "_commit", "_inventory", "_opcodes"],
+    "pure": ["_checksums", "_ranges", "_boxes", "_commit", "_inventory", "_opcodes"],
     "engine": ["_pacing", "_tally", "_flow", "_uploads", "_downloads", "_publish"],
     "transport": ["_receive", "_sockets", "_payload", "_failures", "_client"],
-    "tensors": ["_torch_internals", "_metadata", "_framing", "_layouts", "_staging"],
+    "tensors": [
+        *("_torch_internals", "_metadata", "_framing", "_layouts", "_staging"),
+        *("_safetensors", "_hf_index"),
+    ],
     "facade": [
         *("_s3client", "_prefixes", "_streams", "_readers", "_ranged_reader", "_dcp_reader"),
         *("_constructors", "_transfers", "_filesystem", "_landing", "_saving", "_loading"),
         *("_writer", "_reader", "_planner", "_checkpoint", "_survey", "_catalog", "_verifying"),
+        *("_hf_files", "_consolidation", "_hf_saving", "_hf_writer", "_hf_reader"),
     ],
     "cli": ["_cli", "__main__"],
 }

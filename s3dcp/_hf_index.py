@@ -18,7 +18,7 @@ from typing import Any
 
 from s3dcp._errors import CorruptMetadataError, S3ConfigError
 from s3dcp._metadata import ItemCrcs
-from s3dcp._safetensors import is_count, parse_json
+from s3dcp._safetensors import MAX_HEADER_BYTES, is_count, parse_json
 
 INDEX_NAME = "model.safetensors.index.json"
 MANIFEST_NAME = "model.safetensors.manifest.json"
@@ -112,6 +112,8 @@ def parse_index(body: bytes | bytearray, *, source: str) -> Index:
         CorruptMetadataError: it is none.
     """
     try:
+        if len(body) > MAX_HEADER_BYTES:
+            raise ValueError(f"{len(body)} bytes are no index")  # noqa: TRY301
         content = parse_json(body)
         metadata = content.get("metadata") or {}
         saved = {name: _saved(value) for name, value in metadata.get(_OURS, {}).items()}

@@ -3,6 +3,7 @@
 from s3dcp._catalog import Garbage, abort_uploads, delete, gc, latest, list_checkpoints
 from s3dcp._checkpoint import aload, asave, async_save, load, save
 from s3dcp._config import S3ClientConfig
+from s3dcp._consolidation import consolidate_safetensors_files
 from s3dcp._constructors import (
     DCPS3ReaderConstructorProtocol,
     S3ReaderConstructor,
@@ -39,6 +40,8 @@ from s3dcp._errors import (
     WrongRegionError,
 )
 from s3dcp._filesystem import S3FileSystem
+from s3dcp._hf_reader import S3HuggingFaceStorageReader
+from s3dcp._hf_writer import S3HuggingFaceStorageWriter
 from s3dcp._inventory import CheckpointInfo
 from s3dcp._planner import WeightsOnlyLoadPlanner
 from s3dcp._prefixes import (
@@ -68,6 +71,10 @@ __all__ = [
     "S3StorageWriter",
     "StorageMetadata",
     "WeightsOnlyLoadPlanner",
+    # safetensors
+    "S3HuggingFaceStorageReader",
+    "S3HuggingFaceStorageWriter",
+    "consolidate_safetensors_files",
     # calls
     "aload",
     "asave",

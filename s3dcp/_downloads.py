@@ -91,13 +91,22 @@ class Downloads:
         )
 
     def pin(self, uri: S3Uri, etag: str | None) -> None:
-        """Read from the object with this ETag only.
+        """Have all reads of an object be of the one with this ETag.
 
         Raises:
             CheckpointChangedError: another one was read before.
         """
         if etag is not None and self._etags.setdefault(uri, etag) != etag:
             raise _changed(uri)
+
+
+_discarded = memoryview(bytearray(256 << 10))
+
+
+def discard(size_bytes: int) -> list[memoryview]:
+    """Return where bytes may go that nobody wants: memory that all requests share."""
+    whole, rest = divmod(size_bytes, _discarded.nbytes)
+    return [_discarded] * whole + ([_discarded[:rest]] if rest else [])
 
 
 def _changed(uri: S3Uri) -> CheckpointChangedError:

@@ -31,6 +31,7 @@ from s3dcp._keys import S3Uri, child_key
 from s3dcp._layouts import parse_header
 from s3dcp._metadata import ItemCrcs, crcs_of
 from s3dcp._ranges import cut
+from s3dcp._safetensors import TensorMemory, bare_frame
 from s3dcp._staging import Buffer, bytes_of, is_host
 from s3dcp._torch_internals import _StorageInfo, narrow_tensor_by_index
 
@@ -47,6 +48,11 @@ class Stored:
     dtype: torch.dtype
     shape: tuple[int, ...]
     frame: Frame
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the item is the tensor's memory and nothing else, and so in the order of rows."""
+        return not self.frame.header
 
     @property
     def row_bytes(self) -> int:
@@ -91,6 +97,11 @@ class Item:
     def name(self) -> str:
         """What an error calls it."""
         return self.requests[0].storage_index.fqn
+
+    @property
+    def etag(self) -> str | None:
+        """The ETag that its object must have, if its place tells."""
+        return self.info.etag if isinstance(self.info, TensorMemory) else None
 
     @property
     def is_small(self) -> bool:
@@ -169,7 +180,7 @@ def group(items: Iterable[ReadItem], metadata: Metadata, base: S3Uri) -> list[It
             if uri is None:
                 key = child_key(base.key, info.relative_path, source=source)
                 uri = uris[info.relative_path] = S3Uri(base.bucket, key)
-            stored = None if info.transform_descriptors else _stored(request, metadata, alignment)
+            stored = _stored(request, info, metadata, alignment)
             if stored is not None and stored.frame.length != info.length:
                 stored = None
             item = found[index] = Item(uri, info, crcs_of(info), stored)
@@ -225,10 +236,14 @@ def needed_ranges(
     return [rows] if crcs is not None else [(0, data_at), rows]
 
 
-def _stored(request: ReadItem, metadata: Metadata, alignment: int) -> Stored | None:
+def _stored(
+    request: ReadItem, info: _StorageInfo, metadata: Metadata, alignment: int
+) -> Stored | None:
     index = request.storage_index
     entry = metadata.state_dict_metadata.get(index.fqn)
     if request.type != LoadItemType.TENSOR or not isinstance(entry, TensorStorageMetadata):
+        return None
+    if info.transform_descriptors:
         return None
     chunks, hint = entry.chunks, index.index
     if hint is not None and hint < len(chunks) and chunks[hint].offsets == index.offset:
@@ -236,6 +251,8 @@ def _stored(request: ReadItem, metadata: Metadata, alignment: int) -> Stored | N
     for chunk in chunks:
         if index.offset is None or chunk.offsets == index.offset:
             dtype, shape = entry.properties.dtype, tuple(chunk.sizes)
+            if isinstance(info, TensorMemory):
+                return Stored(dtype, shape, bare_frame(info.length))
             frame = frame_for(dtype, shape, alignment)
             return Stored(dtype, shape, frame) if frame is not None else None
     return None
@@ -291,7 +308,7 @@ def _exact_range(item: Item, targets: list[torch.Tensor]) -> tuple[int, int] | N
 
 def _may_be_transposed(crcs: ItemCrcs, stored: Stored) -> bool:
     """Return whether our own writer stored strides, which is why it made no blocks of rows."""
-    large = stored.row_bytes * 2 < stored.frame.data_bytes
+    large = stored.row_bytes * 2 < stored.frame.data_bytes and not stored.is_bare
     return crcs.block_bytes is None and large and stored.frame.data_bytes >= _COPIED_BYTES
 
 
@@ -389,6 +406,9 @@ def stored_tensor(item: Item, data: memoryview) -> torch.Tensor:
     Raises:
         IntegrityError: it is none.
     """
+    stored = item.stored
+    if stored is not None and stored.is_bare:
+        return _values_of(data, stored.dtype).view(stored.shape)
     try:
         return tensor_of(data)
     except Exception as exc:  # torch.load fails in every way there is
@@ -410,12 +430,20 @@ def tensor_of(data: memoryview) -> torch.Tensor:
     if not layout.data_bytes:
         return torch.empty(layout.shape, dtype=layout.dtype)
     stored = data[layout.data_offset : layout.data_offset + layout.data_bytes]
-    storage = torch.frombuffer(stored, dtype=layout.dtype)
-    if storage.data_ptr() % layout.dtype.itemsize:
+    storage = _values_of(stored, layout.dtype)
+    return storage.as_strided(layout.shape, layout.stride, layout.storage_offset)
+
+
+def _values_of(data: memoryview, dtype: torch.dtype) -> torch.Tensor:
+    """Return memory as a flat tensor, over the memory itself where it is aligned."""
+    if not data.nbytes:
+        return torch.empty(0, dtype=dtype)
+    values = torch.frombuffer(data, dtype=dtype)
+    if values.data_ptr() % dtype.itemsize:
         # Small items start anywhere in their span's memory, and torch crashes on some dtypes
         # (complex128) that do not lie at a multiple of their size.
-        storage = storage.view(torch.uint8).clone().view(layout.dtype)
-    return storage.as_strided(layout.shape, layout.stride, layout.storage_offset)
+        values = values.view(torch.uint8).clone().view(dtype)
+    return values
 
 
 def rows_of(item: Item, data: memoryview) -> tuple[torch.Tensor, int]:

@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, Read
 from s3dcp._calls import Call
 from s3dcp._collector import CollectorPause
 from s3dcp._config import MiB, S3ClientConfig
-from s3dcp._downloads import Downloads
+from s3dcp._downloads import Downloads, discard
 from s3dcp._errors import S3Exception
 from s3dcp._flow import Channel, wait_all
 from s3dcp._framing import memory_of
@@ -52,8 +52,6 @@ _QUEUED_PER_SLOT = 2
 
 # Less than this is allocated for whatever length the metadata states.
 _UNDOUBTED_BYTES = MiB
-
-_garbage = memoryview(bytearray(256 << 10))
 
 
 @dataclass(slots=True, eq=False)
@@ -130,6 +128,8 @@ class LoadedItems:
         try:
             with self._pause, self._memory:
                 wanted = group(items, metadata, base)
+                for item in wanted:
+                    self._downloads.pin(item.uri, item.etag)
                 self._check_places(wanted)
                 for uri, span in self._plan(wanted):
                     while len(self._fetching) >= queued:
@@ -213,7 +213,7 @@ class LoadedItems:
             if run_bytes and (want.start > position or not item.lands_in_span):
                 into.append(free[used - run_bytes : used])
                 run_bytes = 0
-            into.extend(_gap(want.start - position))
+            into.extend(discard(want.start - position))
             position = want.end
             length = want.end - want.start
             if item.lands_in_span:
@@ -331,8 +331,3 @@ def _detached(target: torch.Tensor) -> torch.Tensor:
     # share with it: its indices, its quantizer.
     plain = target.layout is torch.strided and not target.is_quantized
     return target.detach() if plain else target
-
-
-def _gap(size_bytes: int) -> list[memoryview]:
-    whole, rest = divmod(size_bytes, _garbage.nbytes)
-    return [_garbage] * whole + ([_garbage[:rest]] if rest else [])

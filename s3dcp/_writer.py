@@ -243,7 +243,7 @@ class S3StorageWriter(FileSystemWriter):
             result.index: result.storage_data for rank in results for result in rank
         }
         metadata.storage_meta = self.storage_meta()
-        _check_complete(metadata)
+        check_complete(metadata)
         portal, channel = self.fs.client.connect(self.recording.tally)
         look, self._look = self._look, None
         return portal.call(
@@ -300,7 +300,7 @@ class S3StorageWriter(FileSystemWriter):
         return [S3Uri(base.bucket, child_key(base.key, name, source=source)) for name in names]
 
 
-def _check_complete(metadata: Metadata) -> None:
+def check_complete(metadata: Metadata) -> None:
     """Refuse to publish metadata that describes what was not written."""
     missing = [
         index

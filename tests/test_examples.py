@@ -7,6 +7,7 @@ fails the test, and they are killed.
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import safetensors.torch
+import torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -152,6 +155,39 @@ class TestTrainFsdp2:
         assert (resume["step"], resume["sha256"]) == (2, save["sha256"])
         assert [event["step"] for event in _of(resumed, "step")] == [3, 4]
         assert [event["step"] for event in _of(resumed, "save")] == [4]
+
+
+class TestFinetune:
+    def test_tunes_what_a_library_wrote_and_publishes_what_it_reads(
+        self,
+        run: _Runner,
+        boto: Any,
+        bucket: str,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.syspath_prepend(_EXAMPLES)
+        model = importlib.import_module("gpt").GPT()
+        base = {name: tensor.bfloat16() for name, tensor in model.state_dict().items()}
+        body = safetensors.torch.save(base, {"format": "pt"})
+        boto.put_object(Bucket=bucket, Key="base/model.safetensors", Body=body)
+
+        places = ("--base", f"s3://{bucket}/base", "--uri", f"s3://{bucket}/tuned")
+        printed = run(str(_EXAMPLES / "finetune.py"), *places, "--steps", "3")
+
+        losses = [event["loss"] for event in map(json.loads, printed.splitlines()[:-1])]
+        assert len(losses) == 3
+        assert all(math.isfinite(loss) for loss in losses)
+        index = boto.get_object(Bucket=bucket, Key="tuned/model.safetensors.index.json")
+        weight_map = json.load(index["Body"])["weight_map"]
+        tuned: dict[str, torch.Tensor] = {}
+        for name in sorted(set(weight_map.values())):
+            boto.download_file(bucket, f"tuned/{name}", str(tmp_path / name))
+            tuned |= safetensors.torch.load_file(tmp_path / name)
+        assert tuned.keys() == base.keys() == weight_map.keys()
+        changed = {name for name in base if not torch.equal(base[name], tuned[name])}
+        assert {name.split(".")[0] for name in changed} == {"blocks", "norm", "head"}
+        assert not any(name.startswith("blocks.0.") for name in changed)
 
 
 class TestDemo:

@@ -17,10 +17,13 @@ ROWS = {
     "errors": ["_errors", "_node", "_waiting", "_collector"],
     "portal": ["_calls", "_workers", "_loop_thread", "_cancellation", "_portal", "_budget"],
     "values": ["_config", "_keys", "_store"],
-    "pure": ["_checksums", "_ranges", "_commit", "_inventory", "_opcodes"],
+    "pure": ["_checksums", "_ranges", "_boxes", "_commit", "_inventory", "_opcodes"],
     "engine": ["_pacing", "_tally", "_flow", "_uploads", "_downloads", "_publish"],
     "transport": ["_receive", "_sockets", "_payload", "_failures", "_client"],
-    "tensors": ["_torch_internals", "_metadata", "_framing", "_layouts", "_staging"],
+    "tensors": [
+        *("_torch_internals", "_metadata", "_framing", "_layouts", "_staging"),
+        *("_safetensors", "_hf_index"),
+    ],
     "facade": [
         *("_report", "_progress", "_telemetry", "_recording"),
         *("_s3client", "_prefixes", "_streams", "_readers", "_ranged_reader", "_dcp_reader"),
@@ -28,6 +31,7 @@ ROWS = {
         *("_writer", "_reader", "_group_reader", "_planner", "_checkpoint"),
         *("_survey", "_catalog", "_verifying"),
         *("_copies", "_places", "_movers", "_copying", "_bench"),
+        *("_hf_files", "_consolidation", "_hf_saving", "_hf_writer", "_hf_reader"),
     ],
     "cli": ["_terminal", "_options", "_plots", "_cli_bench", "_cli", "__main__"],
 }

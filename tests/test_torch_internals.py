@@ -11,8 +11,10 @@ import textwrap
 import pytest
 import torch
 from torch.distributed.checkpoint import (
+    _hf_utils,
     default_planner,
     filesystem,
+    hf_storage,
     metadata,
     state_dict_loader,
     state_dict_saver,
@@ -41,6 +43,9 @@ SOURCES = {
     "FileSystemWriter": filesystem.FileSystemWriter,
     "FileSystemReader": filesystem.FileSystemReader,
     "FileSystemBase": filesystem.FileSystemBase,
+    # Whose names, keys and arguments ours have.
+    "_hf_utils": _hf_utils,
+    "hf_storage": hf_storage,
     "StorageWriter": storage.StorageWriter,
     "StorageReader": storage.StorageReader,
     "metadata": metadata,
@@ -82,6 +87,8 @@ PINS: dict[str, dict[str, str]] = {
         "FileSystemWriter": "4e8e22ec6d89a04037dc5e77a6e73eaf",
         "FileSystemReader": "2eefef6ddf75604212466d18f8534143",
         "FileSystemBase": "34e001b9a9d3578efdab983f9dff28a9",
+        "_hf_utils": "4681fb5c73eb45ddb7fd772796fa1b5a",
+        "hf_storage": "bf16c8b8e7e32e31712738e1b472a24a",
         "StorageWriter": "a43de60f0fa825b63af027f1b133db85",
         "StorageReader": "35b8a30fec14f2470861ca0f9c720be9",
         "metadata": "6231a271f0c4808062d44982f730bdf9",

@@ -20,8 +20,8 @@ from s3dcp._waiting import wait_for
 
 T = TypeVar("T")
 
-# Collections of the youngest generation before the middle one is collected with it, and in turn
-# before all are: the largest that the collector takes.
+# How many collections of a generation it takes for the next one to be collected with it: the most
+# that can be set.
 _NEVER = (1 << 31) - 1
 
 
@@ -67,21 +67,21 @@ class CollectorPause:
 # The pauses in force. Adding and discarding are atomic, so threads need no lock: the last one out
 # lets go, and no order of events leaves the collector held back.
 _in_force: set[CollectorPause] = set()
-_threshold = gc.get_threshold()[1]
+_thresholds = gc.get_threshold()
 
 
 def _hold_back() -> None:
-    global _threshold  # noqa: PLW0603 - the collector is the process's, too
-    young, middle, old = gc.get_threshold()
-    if middle != _NEVER:
-        _threshold = middle
-        gc.set_threshold(young, _NEVER, old)
+    global _thresholds  # noqa: PLW0603 - the collector is the process's, too
+    now = gc.get_threshold()
+    if _NEVER not in now:
+        _thresholds = now
+        gc.set_threshold(now[0], _NEVER, _NEVER)
 
 
 def _let_go() -> None:
-    young, middle, old = gc.get_threshold()
-    if middle == _NEVER:  # and not what someone has set meanwhile
-        gc.set_threshold(young, _threshold, old)
+    young, *older = gc.get_threshold()
+    if older == [_NEVER, _NEVER]:  # and not what someone has set meanwhile
+        gc.set_threshold(young, *_thresholds[1:])
 
 
 def _let_go_in_child() -> None:

@@ -12,7 +12,7 @@ import pytest
 from s3dcp._collector import _NEVER, CollectorPause, _in_force
 
 USUAL = gc.get_threshold()
-HELD_BACK = (USUAL[0], _NEVER, USUAL[2])
+HELD_BACK = (USUAL[0], _NEVER, _NEVER)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ def test_what_someone_else_has_set_stays() -> None:
             gc.set_threshold(500, 5, 5)
         assert gc.get_threshold() == (500, 5, 5)
         with CollectorPause():
-            assert gc.get_threshold() == (500, _NEVER, 5)
+            assert gc.get_threshold() == (500, _NEVER, _NEVER)
         assert gc.get_threshold() == (500, 5, 5)
     finally:
         gc.set_threshold(*USUAL)

@@ -18,6 +18,7 @@ from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 from s3dcp._calls import Call
+from s3dcp._collector import CollectorPause
 from s3dcp._errors import PortalError
 
 P = ParamSpec("P")
@@ -123,7 +124,8 @@ def _run(
     call, work = job.pop()
     _current.cancellation = cancellation
     try:
-        work.set_result(call())
+        with CollectorPause():  # in which the caller's loop would wait
+            work.set_result(call())
     except BaseException as exc:  # noqa: BLE001 - it belongs to whoever awaits it
         work.set_exception(exc)
     finally:

@@ -15,6 +15,7 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
+from s3dcp._collector import CollectorPause
 from s3dcp._config import S3ClientConfig
 from s3dcp._downloads import Downloads
 from s3dcp._errors import InvalidS3UriError
@@ -242,10 +243,12 @@ async def _channel(here: Portal, region: str | None, config: S3ClientConfig) -> 
     key = (region, config, _aws_environment())
     async with pools.opening:
         if key not in pools.channels:
-            # botocore takes most of a second to import, which the loop must not spend.
-            client = await offload(import_module, "s3dcp._client")
-            store = client.S3Store(region, config)
-            await store.open()
+            # botocore takes most of a second to import, which the loop must not spend. What is
+            # imported makes the collector walk all objects, which no other loop may wait for.
+            with CollectorPause():
+                client = await offload(import_module, "s3dcp._client")
+                store = client.S3Store(region, config)
+                await store.open()
             here.at_close(store.close)
             pools.channels[key] = Channel(
                 store=store,

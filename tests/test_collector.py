@@ -9,54 +9,116 @@ from collections.abc import Iterator
 
 import pytest
 
-from s3dcp._collector import CollectorPause, _in_force
+from s3dcp._collector import _NEVER, CollectorPause, _in_force
+
+USUAL = gc.get_threshold()
+HELD_BACK = (USUAL[0], _NEVER, _NEVER)
 
 
 @pytest.fixture(autouse=True)
-def _enabled() -> Iterator[None]:
-    assert gc.isenabled()
+def _as_usual() -> Iterator[None]:
+    assert gc.get_threshold() == USUAL
     yield
     assert not _in_force
-    gc.enable()
+    assert gc.get_threshold() == USUAL
+    assert gc.isenabled()
 
 
-def test_it_is_off_meanwhile_and_on_afterwards() -> None:
+def test_it_is_held_back_meanwhile() -> None:
     with CollectorPause():
-        assert not gc.isenabled()
+        assert gc.get_threshold() == HELD_BACK
         with CollectorPause():
             pass
-        assert not gc.isenabled()
-    assert gc.isenabled()
+        assert gc.get_threshold() == HELD_BACK
+
+
+class Cycle:
+    def __init__(self) -> None:
+        self.itself = self
+
+
+@pytest.fixture
+def generations() -> Iterator[list[int]]:
+    """The generations that were collected, one after the other."""
+    seen: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            seen.append(info["generation"])
+
+    gc.callbacks.append(note)
+    yield seen
+    gc.callbacks.remove(note)
+
+
+def test_new_objects_alone_are_collected_meanwhile(generations: list[int]) -> None:
+    held = []
+    with CollectorPause():
+        for _ in range(100 * USUAL[0]):
+            held.append([0])
+            Cycle()
+        meanwhile = set(generations)
+    del held[:]
+    held.extend([0] for _ in range(2 * USUAL[0]))
+
+    assert meanwhile == {0}
+    assert 1 in generations
+
+
+def test_what_someone_else_has_set_stays() -> None:
+    try:
+        with CollectorPause():
+            gc.set_threshold(500, 5, 5)
+        assert gc.get_threshold() == (500, 5, 5)
+        with CollectorPause():
+            assert gc.get_threshold() == (500, _NEVER, _NEVER)
+        assert gc.get_threshold() == (500, 5, 5)
+    finally:
+        gc.set_threshold(*USUAL)
 
 
 def test_where_it_is_off_it_stays_off() -> None:
     gc.disable()
-    with CollectorPause() as pause:
-        source: queue.SimpleQueue[int] = queue.SimpleQueue()
-        source.put(1)
-        assert pause.next_of(source) == 1
-    assert not gc.isenabled()
+    try:
+        with CollectorPause() as pause:
+            source: queue.SimpleQueue[int] = queue.SimpleQueue()
+            source.put(1)
+            assert pause.next_of(source) == 1
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_an_interrupt_on_the_way_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt() -> None:
+    def interrupt(*_: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gc, "disable", interrupt)
-    with pytest.raises(KeyboardInterrupt), CollectorPause():
-        pass
-    assert gc.isenabled()
+    with monkeypatch.context() as patch:
+        patch.setattr(gc, "set_threshold", interrupt)
+        with pytest.raises(KeyboardInterrupt), CollectorPause():
+            pass
 
 
-def test_an_interrupt_while_it_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_let_go_while_it_waits() -> None:
     class Interrupted(queue.SimpleQueue[int]):
         def get(self, block: bool = True, timeout: float | None = None) -> int:
-            assert gc.isenabled()
+            assert gc.get_threshold() == USUAL
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt), CollectorPause() as pause:
         pause.next_of(Interrupted())
-    assert gc.isenabled()
+
+
+def test_it_is_held_back_while_another_one_waits() -> None:
+    """As that of an awaited save, whose caller's loop goes on."""
+
+    class Watched(queue.SimpleQueue[int]):
+        def get(self, block: bool = True, timeout: float | None = None) -> int:
+            assert gc.get_threshold() == HELD_BACK
+            return 1
+
+    with CollectorPause(), CollectorPause() as pause:
+        assert pause.next_of(Watched()) == 1
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
@@ -66,7 +128,7 @@ def test_a_fork_in_the_middle() -> None:
     with CollectorPause():
         child = os.fork()
         if not child:
-            os._exit(7 if gc.isenabled() else 1)
-        assert not gc.isenabled()
+            os._exit(7 if gc.get_threshold() == USUAL else 1)
+        assert gc.get_threshold() == HELD_BACK
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 7

@@ -57,15 +57,27 @@ class _Runner:
 
     def __call__(self, *arguments: str) -> str:
         """Run the interpreter with these arguments and return what it printed."""
+        with self.start(*arguments) as process:
+            try:
+                printed, _ = process.communicate(timeout=_LIMIT_S)
+            except BaseException as error:  # an interrupt too: the `with` waits for the end
+                self._stop(process)
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                pytest.fail(f"{arguments} took over {_LIMIT_S:.0f} s:\n{self.logged()[-8000:]}")
+        assert process.returncode == 0, f"{printed[-2000:]}\n{self.logged()[-8000:]}"
+        return printed
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start the interpreter with these arguments."""
         name, _, value = self._mark.partition("=")
         environ = os.environ | {
             name: value,
             "OMP_NUM_THREADS": "1",
             "TMPDIR": str(self._folder),  # torchrun leaves folders behind
         }
-        log = self._folder / "stderr"
-        with log.open("w") as stderr:
-            process = subprocess.Popen(
+        with (self._folder / "stderr").open("w") as stderr:
+            return subprocess.Popen(
                 [sys.executable, *arguments],
                 cwd=self._folder,
                 env=environ,
@@ -73,16 +85,10 @@ class _Runner:
                 stderr=stderr,
                 text=True,
             )
-        with process:
-            try:
-                printed, _ = process.communicate(timeout=_LIMIT_S)
-            except BaseException as error:  # an interrupt too: the `with` waits for the end
-                self._stop(process)
-                if not isinstance(error, subprocess.TimeoutExpired):
-                    raise
-                pytest.fail(f"{arguments} took over {_LIMIT_S:.0f} s:\n{log.read_text()[-8000:]}")
-        assert process.returncode == 0, f"{printed[-2000:]}\n{log.read_text()[-8000:]}"
-        return printed
+
+    def logged(self) -> str:
+        """Return what the last program has written to its stderr so far."""
+        return (self._folder / "stderr").read_text()
 
     def torchrun(self, ranks: int, *arguments: str) -> list[dict[str, Any]]:
         """Run a script on so many ranks and return the events that it printed as JSON lines."""

@@ -1,0 +1,265 @@
+"""The example service over HTTP: it goes over to newer checkpoints while it answers requests.
+
+How late its loop is, it says itself, and which part of that was its own doing: the time for which
+its process ran. The rest is the machine's, which other tests keep busy. So the median of several
+reloads is asserted of its own part; of all of it, the least, and no more of that than goes beyond
+what it is without a reload. A loop that waits for S3 would be late in every reload.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import importlib.util
+import json
+import re
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from itertools import pairwise
+from statistics import median, quantiles
+from typing import Any, NamedTuple, Self
+
+import pytest
+import torch
+
+import s3dcp
+from s3dcp.testing import FakeS3, FakeS3Process
+from tests.test_examples import _EXAMPLES, _Runner, run
+
+__all__ = ["run"]  # the fixture
+
+_LIMIT_S = 60.0
+_MOST_LATE_MS = 20.0
+_TEXT = b"import asyncio"
+_RUN, _KEPT = "s3://bucket/run", "s3://bucket/kept"
+
+pytestmark = pytest.mark.timeout(3 * _LIMIT_S)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3Process]:
+    with FakeS3.process() as process:
+        process.create_bucket("bucket")
+        for name, value in process.environ().items():
+            monkeypatch.setenv(name, value)
+        yield process
+
+
+class Delays(NamedTuple):
+    """How late a loop was, in ms."""
+
+    all: float
+    own: float
+
+    @classmethod
+    def of(cls, health: Any) -> Self:
+        return cls(health["delay_ms"], health["own_delay_ms"])
+
+    def or_worse(self, other: Self) -> Self:
+        return type(self)(max(self.all, other.all), max(self.own, other.own))
+
+
+class Service:
+    """The service, as its clients see it."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+        self.latencies_s: list[float] = []
+        self.answers: list[tuple[str, float]] = []
+
+    def ask(self, method: str, path: str, body: bytes = b"") -> tuple[int, Any]:
+        """Send one request on a connection of its own."""
+        with closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=30)) as link:
+            return _ask(link, method, path, body)
+
+    @contextmanager
+    def under_load(self) -> Iterator[None]:
+        """Ask for scores without a pause; not one request may fail."""
+        done = threading.Event()
+        failures: list[BaseException] = []
+
+        def load() -> None:
+            try:
+                with closing(http.client.HTTPConnection("127.0.0.1", self._port)) as link:
+                    while not done.is_set():
+                        began_s = time.perf_counter()
+                        status, answer = _ask(link, "POST", "/score", _TEXT)
+                        self.latencies_s.append(time.perf_counter() - began_s)
+                        assert status == 200, answer
+                        self.answers.append((answer["checkpoint"], answer["loss"]))
+            except BaseException as exc:  # noqa: BLE001 - raised below
+                failures.append(exc)
+
+        thread = threading.Thread(target=load)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join(_LIMIT_S)
+        assert failures == []
+
+    def delays(self) -> Delays:
+        """Return the worst delays of the loop since this was last asked."""
+        return Delays.of(self.ask("GET", "/health")[1])
+
+    def wait_for(self, uri: str) -> Delays:
+        """Return the worst delays of the loop until a checkpoint is served."""
+        worst = Delays(0.0, 0.0)
+
+        def served() -> bool:
+            nonlocal worst
+            health = self.ask("GET", "/health")[1]
+            worst = worst.or_worse(Delays.of(health))
+            return bool(health["checkpoint"] == uri)
+
+        until(served)
+        return worst
+
+
+def _ask(
+    link: http.client.HTTPConnection, method: str, path: str, body: bytes = b""
+) -> tuple[int, Any]:
+    link.request(method, path, body)
+    answer = link.getresponse()
+    raw = answer.read()
+    return answer.status, json.loads(raw) if answer.status == 200 else raw.decode()
+
+
+def until(holds: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + _LIMIT_S
+    while not holds():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+@contextmanager
+def served(run: _Runner) -> Iterator[Service]:
+    """Run the service until it is told to stop, which it does at once and without an error."""
+    script = str(_EXAMPLES / "serve_model.py")
+    options = ("--uri", _RUN, "--save-to", _KEPT, "--port", "0", "--poll-s", "0.1")
+    with run.start("-u", script, *options) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            found = re.search(r"http://127\.0\.0\.1:([1-9]\d*)", line)
+            assert found, f"{line}{run.logged()}"
+            yield Service(int(found[1]))
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(_LIMIT_S) == 0, run.logged()
+        finally:
+            process.kill()
+
+
+def gpt(seed: int) -> torch.nn.Module:
+    """Return the example's model, with weights of its own."""
+    spec = importlib.util.spec_from_file_location("gpt", _EXAMPLES / "gpt.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.manual_seed(seed)
+    model: torch.nn.Module = module.GPT()
+    return model
+
+
+def loss_of(model: torch.nn.Module) -> float:
+    text = torch.tensor([list(_TEXT)])
+    with torch.inference_mode():
+        return float(model(text[:, :-1], text[:, 1:]))
+
+
+def publish(step: int, run: str = _RUN) -> tuple[str, float]:
+    """Save a checkpoint as a training run does; return its place, and the loss that it gives."""
+    model = gpt(step)
+    uri = f"{run}/step-{step}"
+    s3dcp.save({"training": {"model": model.state_dict(), "step": step}}, uri)
+    return uri, loss_of(model)
+
+
+def publish_damaged(step: int) -> None:
+    """Publish a checkpoint with a flipped bit: whole, by its looks."""
+    publish(step, "s3://bucket/aside")
+
+    async def copy() -> None:
+        async with s3dcp.S3Client() as client:
+            prefix = f"aside/step-{step}/"
+            keys = [info.key async for info in client.list_objects("bucket", prefix)]
+            for key in sorted(keys, reverse=True):  # `.metadata` is the last
+                body = await client.get_object("bucket", key)
+                if key.endswith(".distcp"):
+                    body[len(body) // 2] ^= 1
+                await client.put_object("bucket", key.replace("aside/", "run/"), body)
+
+    asyncio.run(copy())
+
+
+def test_it_answers_while_it_reloads(run: _Runner, server: FakeS3Process) -> None:
+    idle, reloads = [], []
+    with served(run) as service:
+        assert service.ask("POST", "/score", _TEXT)[0] == 503
+        published = dict([publish(1)])
+        service.wait_for(f"{_RUN}/step-1")
+        with service.under_load():
+            for step in range(2, 7):
+                service.delays()
+                publish(step, "s3://bucket/aside")  # as busy a machine, and no reload
+                idle.append(service.delays())
+                uri, loss = publish(step)
+                published[uri] = loss
+                reloads.append(service.wait_for(uri))
+
+    losses = sorted(published.values())
+    apart = min(after - before for before, after in pairwise(losses))
+    assert apart > 1e-4  # so that a mixture of two is told from either
+    for uri, loss in service.answers:
+        assert loss == pytest.approx(published[uri], abs=apart / 10)
+    assert {uri for uri, _ in service.answers} == set(published)
+    cuts = quantiles(service.latencies_s, n=100)
+    own_ms = median(each.own for each in reloads)
+    print(  # noqa: T201 - what the test has found out: `pytest -rP` shows it
+        f"{len(service.answers)} requests during {len(reloads)} reloads, none failed: "
+        f"p50 {1e3 * cuts[49]:.1f} ms, p99 {1e3 * cuts[98]:.1f} ms. The loop's worst delay, median "
+        f"of the reloads: {own_ms:.1f} ms ({median(each.own for each in idle):.1f} without), with "
+        f"the machine's part {median(each.all for each in reloads):.1f} ms "
+        f"({median(each.all for each in idle):.1f})"
+    )
+    assert own_ms < _MOST_LATE_MS, reloads
+    least_ms, least_idle_ms = (min(each.all for each in some) for some in (reloads, idle))
+    assert least_ms < _MOST_LATE_MS + least_idle_ms, (reloads, idle)
+
+
+def test_it_saves_on_demand(run: _Runner, server: FakeS3Process) -> None:
+    uri, loss = publish(1)
+    with served(run) as service:
+        service.wait_for(uri)
+        with service.under_load():
+            assert service.ask("POST", "/save") == (
+                200,
+                {"checkpoint": uri, "saved": f"{_KEPT}/step-1"},
+            )
+
+    model = gpt(7)
+    s3dcp.load({"training": {"model": model.state_dict()}}, f"{_KEPT}/step-1")
+    assert loss_of(model) == loss
+
+
+def test_it_goes_on_with_what_it_has(run: _Runner, server: FakeS3Process) -> None:
+    """Where the newest checkpoint is damaged, and where the store is gone."""
+    uri, loss = publish(1)
+    with served(run) as service:
+        service.wait_for(uri)
+        publish_damaged(2)
+        until(lambda: "not reloaded" in run.logged())
+        assert service.ask("POST", "/score", _TEXT)[1]["checkpoint"] == uri
+        server.stop()
+        until(lambda: run.logged().count("not reloaded") > 1)
+        status, answer = service.ask("POST", "/score", _TEXT)
+        assert status == 200
+        assert answer == {"checkpoint": uri, "loss": pytest.approx(loss)}
+        status, text = service.ask("POST", "/save")
+        assert status == 502
+        assert "127.0.0.1" in text

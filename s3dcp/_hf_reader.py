@@ -10,8 +10,9 @@ from s3dcp._config import S3ClientConfig
 from s3dcp._hf_files import child_uri, find, metadata_of
 from s3dcp._hf_index import INDEX_NAME
 from s3dcp._keys import S3Uri, parse_s3_uri
+from s3dcp._progress import ProgressCallback
 from s3dcp._reader import S3StorageReader
-from s3dcp._tally import Tally
+from s3dcp._recording import ReportCallback
 
 
 class S3HuggingFaceStorageReader(S3StorageReader):
@@ -27,6 +28,8 @@ class S3HuggingFaceStorageReader(S3StorageReader):
         path: The checkpoint's place, `s3://bucket/prefix`.
         s3client_config: Settings of the client.
         thread_count: Accepted for torch's sake: all files are read at once.
+        progress: As in `S3StorageReader`.
+        on_report: As in `S3StorageReader`.
 
     Raises:
         S3ConfigError: an argument that cannot work.
@@ -38,8 +41,11 @@ class S3HuggingFaceStorageReader(S3StorageReader):
         path: str | os.PathLike[str],
         s3client_config: S3ClientConfig | None = None,
         thread_count: int = 1,
+        *,
+        progress: bool | ProgressCallback = False,
+        on_report: ReportCallback | None = None,
     ) -> None:
-        super().__init__(region, path, s3client_config)
+        super().__init__(region, path, s3client_config, progress=progress, on_report=on_report)
         self.thread_count = thread_count
         self._commit_name = INDEX_NAME
 
@@ -53,8 +59,10 @@ class S3HuggingFaceStorageReader(S3StorageReader):
             CorruptMetadataError: something in it is malformed, or does not fit together.
             S3Exception: as the store.
         """
-        self._tally = Tally()
-        portal, channel = self.fs.client.connect(self._tally)
+        return super().read_metadata()
+
+    def _read_metadata(self, rank: int | None) -> Metadata:  # noqa: ARG002 - there is one for all
+        portal, channel = self.fs.client.connect(self.recording.tally)
         checkpoint = portal.call(find, channel, parse_s3_uri(self.path))
         if checkpoint.commit is not None:
             self._commit_name, self._found = checkpoint.commit

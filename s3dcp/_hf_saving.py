@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,7 +105,7 @@ class SafetensorsItems(SavedItems):
             [(uri, file.name, file.items) for uri, file in zip(uris, files, strict=True)]
         )
 
-    def _open(self, uri: S3Uri, name: str, items: Iterable[WriteItem]) -> None:
+    def _open(self, uri: S3Uri, name: str, items: Sequence[WriteItem]) -> None:
         super()._open(uri, name, items)
         self._push(self._files[-1], memoryview(self._planned[name].head), _Piece())
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import os
 import uuid
 from collections import defaultdict
@@ -13,7 +12,6 @@ from typing import Any
 from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
 from s3dcp._config import S3ClientConfig
 from s3dcp._consolidation import consolidate
@@ -32,10 +30,10 @@ from s3dcp._hf_index import (
 from s3dcp._hf_saving import SafetensorsItems, plan_file
 from s3dcp._keys import S3Uri, join, parse_s3_uri
 from s3dcp._metadata import ItemCrcs, crcs_of
+from s3dcp._progress import ProgressCallback
 from s3dcp._publish import already_exists, exists
+from s3dcp._recording import ReportCallback
 from s3dcp._writer import S3StorageWriter, check_complete
-
-_log = logging.getLogger("s3dcp.writer")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,6 +68,8 @@ class S3HuggingFaceStorageWriter(S3StorageWriter):
             full files of them in `path`.
         thread_count_consolidation: Accepted for torch's sake, as `thread_count`.
         overwrite: Whether a checkpoint that is there may be replaced.
+        progress: As in `S3StorageWriter`.
+        on_report: As in `S3StorageWriter`.
 
     Raises:
         S3ConfigError: an argument that cannot work.
@@ -87,9 +87,17 @@ class S3HuggingFaceStorageWriter(S3StorageWriter):
         thread_count_consolidation: int = 1,
         *,
         overwrite: bool = True,
+        progress: bool | ProgressCallback = False,
+        on_report: ReportCallback | None = None,
     ) -> None:
         super().__init__(
-            region, path, s3client_config, thread_count=thread_count, overwrite=overwrite
+            region,
+            path,
+            s3client_config,
+            thread_count=thread_count,
+            overwrite=overwrite,
+            progress=progress,
+            on_report=on_report,
         )
         if enable_consolidation and not save_distributed:
             raise S3ConfigError(
@@ -126,15 +134,7 @@ class S3HuggingFaceStorageWriter(S3StorageWriter):
                 "use_collectives=True, or with S3StorageWriter"
             )
 
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Look whether all of it can be written, before anything is.
-
-        Raises:
-            CheckpointExistsError: a checkpoint is there, and `overwrite=False`.
-            S3ConfigError: something that safetensors files do not hold, or a tensor that
-                `fqn_to_index_mapping` lacks.
-            S3Exception: the bucket cannot be used.
-        """
+    def _prepared(self, plan: SavePlan) -> SavePlan:
         for items in self._by_file(plan.items).values():
             plan_file("", items, "")
         if self._is_coordinator and not self.overwrite:
@@ -158,19 +158,14 @@ class S3HuggingFaceStorageWriter(S3StorageWriter):
                     "Several ranks have tensors for one file: pass save_distributed=True, and "
                     "enable_consolidation=True for full files"
                 )
-        portal, channel = self.fs.client.connect(self._tally)
+        portal, channel = self.fs.client.connect(self.recording.tally)
         self._stale = portal.call(begin, channel, self._data, overwrite=self.overwrite)
         return [
             dataclasses.replace(plan, storage_data=rank if self.save_distributed else None)
             for rank, plan in enumerate(plans, start=1)
         ]
 
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's tensors.
-
-        Raises:
-            S3Exception: one could not be written. Nothing of this plan is left behind.
-        """
+    def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         # Minted here for every save: with plan caching the plan may be an earlier save's.
         save_id = uuid.uuid4().hex[:16]
         count = max((self.fqn_to_index_mapping or {"": 1}).values(), default=1)
@@ -178,10 +173,10 @@ class S3HuggingFaceStorageWriter(S3StorageWriter):
             plan_file(file_name(number, count, plan.storage_data), items, save_id)
             for number, items in self._by_file(plan.items).items()
         ]
-        portal, channel = self.fs.client.connect(self._tally)
-        config = self.fs.client.s3client_config
-        saved = SafetensorsItems(portal, channel, config, planner, self.transforms)
-        results = [
+        portal, channel = self.fs.client.connect(self.recording.tally)
+        config, meter = self.fs.client.s3client_config, self.recording.meter
+        saved = SafetensorsItems(portal, channel, config, planner, self.transforms, meter)
+        return [
             dataclasses.replace(
                 result,
                 storage_data=_Written(
@@ -190,25 +185,14 @@ class S3HuggingFaceStorageWriter(S3StorageWriter):
             )
             for result in saved.write_files(self._data, files)
         ]
-        _log.info("wrote %d tensors to %s: %s", len(results), self._data, self.totals)
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
-        return future
 
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Commit the checkpoint, and make full files of its shards if that is asked for.
-
-        Raises:
-            IncompleteSaveError: something that the metadata describes was not written.
-            CheckpointExistsError: another writer committed first, and `overwrite=False`.
-            CommitConflictError: another writer committed while our outcome was unknown.
-            S3Exception: the store failed. Shards that were committed before their consolidation
-                failed stay, for `consolidate_safetensors_files`.
-        """
+    def _commit(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        # Shards that were committed before their consolidation failed stay, for
+        # `consolidate_safetensors_files`.
         written = [result for rank in results for result in rank]
         metadata.storage_data = {result.index: result.storage_data for result in written}
         check_complete(metadata)
-        portal, channel = self.fs.client.connect(self._tally)
+        portal, channel = self.fs.client.connect(self.recording.tally)
         index = self._index(written)
         portal.call(commit, channel, self._data, index, self._stale, overwrite=self.overwrite)
         if self.enable_consolidation:
@@ -221,7 +205,6 @@ class S3HuggingFaceStorageWriter(S3StorageWriter):
                 self.fqn_to_index_mapping,
                 overwrite=self.overwrite,
             )
-        _log.info("committed %s: %s", self.path, self.totals)
 
     @property
     def _target(self) -> S3Uri:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickle
 from concurrent.futures import Future
@@ -154,6 +155,11 @@ class TestRoundTrips:
             planner = DefaultSavePlanner(enable_plan_caching=True)
             dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
             assert_same(load(state, "ck"), state)
+
+    def test_nothing_at_all(self, fake: FakeS3) -> None:
+        save({}, "ck")
+        assert names(fake, "ck") == [INDEX]
+        assert read_metadata("ck").state_dict_metadata == {}
 
     def test_it_pickles(self, fake: FakeS3) -> None:
         writer = S3HuggingFaceStorageWriter(None, uri_of("ck"), fqn_to_index_mapping={"w": 1})
@@ -397,6 +403,27 @@ class TestRefusals:
     def test_arguments_that_cannot_work(self, options: dict[str, Any]) -> None:
         with pytest.raises(S3ConfigError):
             S3HuggingFaceStorageWriter(None, uri_of("ck"), **options)
+
+    @pytest.mark.parametrize(
+        ("ours", "theirs"),
+        [
+            (S3HuggingFaceStorageWriter, dcp.HuggingFaceStorageWriter),
+            (S3HuggingFaceStorageReader, dcp.HuggingFaceStorageReader),
+        ],
+    )
+    def test_arguments_are_torchs(self, ours: type, theirs: type) -> None:
+        """With the region in front, and the client's settings behind the path."""
+        path, *rest = inspect.signature(theirs).parameters.values()
+        region, found, config, *others = inspect.signature(ours).parameters.values()
+        assert (region.name, found.name, config.name) == ("region", path.name, "s3client_config")
+        assert [(p.name, p.default) for p in others[: len(rest)]] == [
+            (p.name, p.default) for p in rest
+        ]
+        assert all(p.kind is p.KEYWORD_ONLY for p in others[len(rest) :])
+
+    def test_a_reader_of_no_threads(self) -> None:
+        with pytest.raises(S3ConfigError, match="thread_count"):
+            S3HuggingFaceStorageReader(None, uri_of("ck"), thread_count=0)
 
     def test_without_collectives(self, fake: FakeS3) -> None:
         writer = S3HuggingFaceStorageWriter(None, uri_of("ck"))

@@ -93,6 +93,18 @@ class TestRoundTrips:
         found = safetensors.torch.load(body)
         assert_same({name: found[name] for name in state}, state)
 
+    def test_tensors_of_a_device(self, fake: FakeS3, monkeypatch: pytest.MonkeyPatch) -> None:
+        """CPU tensors that are taken for a device's: the same copies, without a GPU."""
+        for module in ("_landing", "_hf_saving"):
+            monkeypatch.setattr(f"s3dcp.{module}.is_host", lambda _: False)
+        state = {**STATE, "huge": fill((5000, 1000), seed=3)}
+        save(state, "ck", CONFIG)
+        assert_same(load(state, "ck", CONFIG), state)
+        planner = CutPlanner((0.2, 0.7))
+        found = load({"huge": state["huge"]}, "ck", planner=planner)["huge"]
+        box = planner.box(found)
+        assert_same(found[box], state["huge"][box])
+
     def test_the_library_reads_what_is_saved(self, fake: FakeS3, tmp_path: Path) -> None:
         save(STATE, "ck", CONFIG, fqn_to_index_mapping=TWO_FILES)
         folder = download(fake, "ck", tmp_path)
@@ -520,7 +532,10 @@ class Replace(Fault):
         await super().play(exchange)
 
 
-OLD, NEW = state_of(1), state_of(50)
+OLD, NEW = (
+    {name: state_of(seed)[name] for name in ("small", "scalar", "flags", "medium")}
+    for seed in (1, 50)
+)
 
 
 def outcome(path: str) -> str:

@@ -43,7 +43,7 @@ from s3dcp._portal import offload
 from s3dcp._publish import delete_quietly
 from s3dcp._ranges import Span, Want, block_bytes, coalesce, cut, upload_part_bytes
 from s3dcp._s3client import S3Client
-from s3dcp._safetensors import Entry, make_header
+from s3dcp._safetensors import ALIGNMENT, Entry, make_header
 from s3dcp._uploads import Upload
 
 #: Where bytes start, their CRC, and how many they are.
@@ -180,12 +180,13 @@ class _Output:
         self._read: defaultdict[tuple[str, str], list[_Sum]] = defaultdict(list)
         self._written: defaultdict[str, list[_Sum]] = defaultdict(list)
         self.data_bytes = self._header.file_bytes - self._header.end
-        self.part_bytes = upload_part_bytes(
+        size = upload_part_bytes(
             self._header.file_bytes,
             config.part_size,
             channel.slots.count,
             most_bytes=config.memory_bytes() // 2,
         )
+        self.part_bytes = -(-size // ALIGNMENT) * ALIGNMENT  # no element lies in two parts
 
     def pin(self, downloads: Downloads) -> None:
         """Have all reads be of the files whose headers were read."""

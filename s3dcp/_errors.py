@@ -22,7 +22,7 @@ S3Exception
 │   ├── CheckpointChangedError            replaced while it was being read
 │   ├── CommitConflictError               another writer's commit won, or ours is unsettled
 │   ├── IncompleteSaveError               an item was not written: nothing is published
-│   ├── CorruptMetadataError              `.metadata` truncated, foreign or hostile
+│   ├── CorruptMetadataError              `.metadata`, an index or a header: truncated or hostile
 │   ├── IntegrityError                    stored bytes differ from those that were saved
 │   └── UnsafeItemError                   an item's pickle names what `weights_only=True` refuses
 └── PortalError (RuntimeError)            the I/O thread refused or lost a call
@@ -179,7 +179,7 @@ class IncompleteSaveError(CheckpointError):
 
 
 class CorruptMetadataError(CheckpointError):
-    """The checkpoint's `.metadata` is truncated, foreign or hostile."""
+    """The checkpoint's `.metadata`, index or file headers are truncated, foreign or hostile."""
 
 
 class IntegrityError(CheckpointError):

@@ -53,6 +53,7 @@ from s3dcp._hf_index import (
 )
 from s3dcp._keys import S3Uri, child_key, join
 from s3dcp._metadata import ItemCrcs, annotate
+from s3dcp._portal import offload
 from s3dcp._publish import already_exists, delete_quietly, exists, publish, read
 from s3dcp._s3client import delete, list_all
 from s3dcp._safetensors import (
@@ -142,7 +143,7 @@ async def find(channel: Channel, base: S3Uri) -> HFCheckpoint:
             files = await _read_files(channel, base, index.files, uri)
             _check_saves(base, files, index)
             commit = name, Found(b"", found.etag)
-            return HFCheckpoint(base, _tensors(base, files, index), commit)
+            return HFCheckpoint(base, await offload(_tensors, base, files, index), commit)
     files = await _read_files(channel, base, await _uncommitted(channel, base), None)
     for name, file in files.items():
         if SAVE_ID_KEY in file.header.extra and name != SINGLE_NAME:
@@ -152,7 +153,7 @@ async def find(channel: Channel, base: S3Uri) -> HFCheckpoint:
                 bucket=base.bucket,
                 key=base.key,
             )
-    return HFCheckpoint(base, _tensors(base, files, None), None)
+    return HFCheckpoint(base, await offload(_tensors, base, files, None), None)
 
 
 async def _uncommitted(channel: Channel, base: S3Uri) -> list[str]:
@@ -196,7 +197,8 @@ async def _read_file(downloads: Downloads, uri: S3Uri) -> _File:
         rest = bytearray(end - len(head))
         await downloads.fetch(uri, len(head), [memoryview(rest)])
         head += rest
-    return _File(parse_header(head, info.size_bytes, source=str(uri)), info.etag)
+    parse = partial(parse_header, head, info.size_bytes, source=str(uri))
+    return _File(await offload(parse), info.etag)
 
 
 def _check_saves(base: S3Uri, files: Mapping[str, _File], index: Index) -> None:
@@ -339,7 +341,7 @@ async def commit(
         S3Exception: as the store.
     """
     uri = child_uri(base, index.name)
-    replaced = await publish(channel, uri, dump_index(index), overwrite=overwrite)
+    replaced = await publish(channel, uri, await offload(dump_index, index), overwrite=overwrite)
     if replaced is not None:
         stale = stale | _files_of(replaced, uri)
     # Nothing else, whatever an index says: no other checkpoint below, no commit.

@@ -7,6 +7,7 @@ import os
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from s3dcp._config import S3ClientConfig
+from s3dcp._errors import S3ConfigError
 from s3dcp._hf_files import child_uri, find, metadata_of
 from s3dcp._hf_index import INDEX_NAME
 from s3dcp._keys import S3Uri, parse_s3_uri
@@ -46,6 +47,10 @@ class S3HuggingFaceStorageReader(S3StorageReader):
         on_report: ReportCallback | None = None,
     ) -> None:
         super().__init__(region, path, s3client_config, progress=progress, on_report=on_report)
+        if type(thread_count) is not int or thread_count < 1:
+            raise S3ConfigError(
+                f"thread_count must be a positive whole number, got {thread_count!r}"
+            )
         self.thread_count = thread_count
         self._commit_name = INDEX_NAME
 

@@ -25,8 +25,8 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 _MAX_DIMENSIONS = 64
 _MAX_COUNT = 1 << 63
-# Tensors start at multiples of this, and so of their dtype's size: they lie in that order.
-_ALIGNMENT = 8
+#: The first tensor starts at a multiple of this, and each at one of its dtype's size.
+ALIGNMENT = 8
 _EXTRA = "__metadata__"
 
 #: The format's names of dtypes. Its types of less than a byte have no counterpart in torch.
@@ -134,7 +134,7 @@ def make_header(
         for name, place in places.items()
     }
     text = json.dumps(described, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
+    text += b" " * (-len(text) % ALIGNMENT)
     if len(text) > MAX_HEADER_BYTES:
         raise S3ConfigError(
             f"A safetensors header of {len(text)} bytes is over the limit of {MAX_HEADER_BYTES}: "

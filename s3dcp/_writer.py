@@ -90,7 +90,7 @@ class S3StorageWriter(FileSystemWriter):
         if kwargs.get("serialization_format") is SerializationFormat.SAFETENSORS:
             raise S3ConfigError(
                 "serialization_format=SAFETENSORS has no reader in torch's DCP: save with the "
-                "default format, or write safetensors with the Hugging Face storage writer"
+                "default format, or write safetensors with S3HuggingFaceStorageWriter"
             )
         if type(thread_count) is not int or thread_count < 1:
             raise S3ConfigError(

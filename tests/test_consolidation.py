@@ -154,7 +154,8 @@ def test_any_cut_of_any_shape(shared: FakeS3, data: st.DataObject, described: li
         assert_same({n: found[n] for n in whole}, {n: tensor for n, (tensor, _) in whole.items()})
 
 
-def test_columns_over_several_parts(fake: FakeS3) -> None:
+@pytest.mark.parametrize("part_bytes", [5 * MiB, 5 * MiB + 3])
+def test_columns_over_several_parts(fake: FakeS3, part_bytes: int) -> None:
     """Part edges in the middle of rows, and of a tensor of one huge row."""
     shape, row = (1031, 4000), (1, 3_000_000)
     whole = {
@@ -166,7 +167,7 @@ def test_columns_over_several_parts(fake: FakeS3) -> None:
         ),
     }
     write_shards(fake, whole)
-    consolidate()
+    consolidate(s3client_config=replace(CONFIG, part_size=part_bytes))
     assert sum(each.operation == "UploadPart" for each in fake.requests) >= 5
     found = safetensors.torch.load(fake.read(BUCKET, "full/model-00001-of-00001.safetensors"))
     assert_same({n: found[n] for n in whole}, {n: tensor for n, (tensor, _) in whole.items()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import pickle
 from concurrent.futures import Future
@@ -92,6 +93,18 @@ class TestRoundTrips:
         found = safetensors.torch.load(body)
         assert_same({name: found[name] for name in state}, state)
 
+    def test_tensors_of_a_device(self, fake: FakeS3, monkeypatch: pytest.MonkeyPatch) -> None:
+        """CPU tensors that are taken for a device's: the same copies, without a GPU."""
+        for module in ("_landing", "_hf_saving"):
+            monkeypatch.setattr(f"s3dcp.{module}.is_host", lambda _: False)
+        state = {**STATE, "huge": fill((5000, 1000), seed=3)}
+        save(state, "ck", CONFIG)
+        assert_same(load(state, "ck", CONFIG), state)
+        planner = CutPlanner((0.2, 0.7))
+        found = load({"huge": state["huge"]}, "ck", planner=planner)["huge"]
+        box = planner.box(found)
+        assert_same(found[box], state["huge"][box])
+
     def test_the_library_reads_what_is_saved(self, fake: FakeS3, tmp_path: Path) -> None:
         save(STATE, "ck", CONFIG, fqn_to_index_mapping=TWO_FILES)
         folder = download(fake, "ck", tmp_path)
@@ -154,6 +167,11 @@ class TestRoundTrips:
             planner = DefaultSavePlanner(enable_plan_caching=True)
             dcp.save(state, storage_writer=writer, planner=planner, no_dist=True)
             assert_same(load(state, "ck"), state)
+
+    def test_nothing_at_all(self, fake: FakeS3) -> None:
+        save({}, "ck")
+        assert names(fake, "ck") == [INDEX]
+        assert read_metadata("ck").state_dict_metadata == {}
 
     def test_it_pickles(self, fake: FakeS3) -> None:
         writer = S3HuggingFaceStorageWriter(None, uri_of("ck"), fqn_to_index_mapping={"w": 1})
@@ -398,6 +416,27 @@ class TestRefusals:
         with pytest.raises(S3ConfigError):
             S3HuggingFaceStorageWriter(None, uri_of("ck"), **options)
 
+    @pytest.mark.parametrize(
+        ("ours", "theirs"),
+        [
+            (S3HuggingFaceStorageWriter, dcp.HuggingFaceStorageWriter),
+            (S3HuggingFaceStorageReader, dcp.HuggingFaceStorageReader),
+        ],
+    )
+    def test_arguments_are_torchs(self, ours: type, theirs: type) -> None:
+        """With the region in front, and the client's settings behind the path."""
+        path, *rest = inspect.signature(theirs).parameters.values()
+        region, found, config, *others = inspect.signature(ours).parameters.values()
+        assert (region.name, found.name, config.name) == ("region", path.name, "s3client_config")
+        assert [(p.name, p.default) for p in others[: len(rest)]] == [
+            (p.name, p.default) for p in rest
+        ]
+        assert all(p.kind is p.KEYWORD_ONLY for p in others[len(rest) :])
+
+    def test_a_reader_of_no_threads(self) -> None:
+        with pytest.raises(S3ConfigError, match="thread_count"):
+            S3HuggingFaceStorageReader(None, uri_of("ck"), thread_count=0)
+
     def test_without_collectives(self, fake: FakeS3) -> None:
         writer = S3HuggingFaceStorageWriter(None, uri_of("ck"))
         with pytest.raises(S3ConfigError, match="use_collectives"):
@@ -493,7 +532,10 @@ class Replace(Fault):
         await super().play(exchange)
 
 
-OLD, NEW = state_of(1), state_of(50)
+OLD, NEW = (
+    {name: state_of(seed)[name] for name in ("small", "scalar", "flags", "medium")}
+    for seed in (1, 50)
+)
 
 
 def outcome(path: str) -> str:

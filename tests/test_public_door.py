@@ -193,7 +193,7 @@ class TestStorageWriter:
         assert [plan.storage_data for plan in plans] == prefixes
 
     def test_safetensors_is_refused(self) -> None:
-        with pytest.raises(s3dcp.S3ConfigError, match="Hugging Face"):
+        with pytest.raises(s3dcp.S3ConfigError, match="S3HuggingFaceStorageWriter"):
             s3dcp.S3StorageWriter(
                 "eu-west-1", BASE, serialization_format=SerializationFormat.SAFETENSORS
             )

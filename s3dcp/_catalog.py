@@ -265,7 +265,10 @@ async def _abort_uploads(
         except ObjectNotFoundError:
             _log.debug("upload %s of %s has ended by itself", info.upload_id, uri)
 
-    uploads = await channel.request("ListMultipartUploads", root, collect)
+    try:
+        uploads = await channel.request("ListMultipartUploads", root, collect)
+    except ObjectNotFoundError:  # as rclone puts it that there are none
+        return []
     if not dry_run:
         await wait_all([partial(abort, info) for info in uploads])
     return uploads

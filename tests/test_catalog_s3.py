@@ -28,6 +28,8 @@ from tests._catalogs import BUCKET, metadata_of, put_checkpoint, put_data
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from tests._servers import Server
+
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 KiB, MiB = 1 << 10, 1 << 20
@@ -472,6 +474,10 @@ class TestUploads:
         assert s3dcp.abort_uploads(RUN, grace_s=0, dry_run=False) == told
 
         assert fake.uploads(BUCKET) == {}
+
+    def test_there_are_none(self, s3: Server, bucket: str) -> None:
+        """Which rclone answers with an error."""
+        assert s3dcp.abort_uploads(f"s3://{bucket}/run", grace_s=0, dry_run=False) == []
 
 
 class TestInspect:

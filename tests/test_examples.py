@@ -25,6 +25,8 @@ import pytest
 import safetensors.torch
 import torch
 
+import s3dcp
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -194,6 +196,35 @@ class TestFinetune:
         changed = {name for name in base if not torch.equal(base[name], tuned[name])}
         assert {name.split(".")[0] for name in changed} == {"blocks", "norm", "head"}
         assert not any(name.startswith("blocks.0.") for name in changed)
+
+
+class TestPrune:
+    def test_the_newest_and_every_other_step_stay(
+        self, run: _Runner, boto: Any, bucket: str
+    ) -> None:
+        uri = f"s3://{bucket}/run"
+        for step in (1, 2, 3, 4, 5):
+            s3dcp.save({"step": step}, f"{uri}/step-{step}")
+        # One that lost its data: not complete, and older than the newest.
+        [broken] = boto.list_objects_v2(Bucket=bucket, Prefix="run/step-2/__")["Contents"]
+        boto.delete_object(Bucket=bucket, Key=broken["Key"])
+        script = (str(_EXAMPLES / "prune.py"), "--uri", uri, "--newest", "1", "--every", "3")
+        before = {found.uri for found in s3dcp.list_checkpoints(uri)}
+
+        told = [json.loads(line) for line in run(*script).splitlines()]
+        after_dry_run = {found.uri for found in s3dcp.list_checkpoints(uri)}
+        done = [json.loads(line) for line in run(*script, "--delete").splitlines()]
+
+        assert before == after_dry_run == {f"{uri}/step-{step}" for step in (1, 2, 3, 4, 5)}
+        for events in (told, done):
+            assert {event["step"] for event in _of(events, "keep")} == {3, 5}
+            assert {event["step"] for event in _of(events, "delete")} == {1, 2, 4}
+            [left] = _of(events, "left behind")
+            assert (left["objects"], left["uploads"]) == (0, 0)
+        assert {event["done"] for event in _of(done, "delete")} == {True}
+        found = s3dcp.list_checkpoints(uri)
+        assert [each.uri for each in found] == [f"{uri}/step-3", f"{uri}/step-5"]
+        assert all(each.complete for each in found)
 
 
 class TestDemo:

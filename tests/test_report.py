@@ -178,8 +178,8 @@ class TestOfDcp:
         assert (saved.retries, saved.throttles) == (2, 2)
         assert saved.requests + loaded.requests == len(fake.requests)
         assert saved.gib_per_s > 0
-        # Two that look for a checkpoint, and two that were throttled; all others write.
-        assert saved.cost_usd() == pytest.approx((saved.requests - 4) * 5e-6 + 2 * 4e-7)
+        # One that looks for a checkpoint, and two that were throttled; all others write.
+        assert saved.cost_usd() == pytest.approx((saved.requests - 3) * 5e-6 + 4e-7)
 
     def test_a_save_that_replaces_cleans_up(self, fake: FakeS3) -> None:
         writer = S3StorageWriter(None, URI, CONFIG)

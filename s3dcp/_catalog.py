@@ -128,7 +128,9 @@ def gc(
         uri: A run's folder. All checkpoints below it count together.
         keep: How many of the newest complete checkpoints stay; None for all.
         grace_s: Seconds for which a data object that no checkpoint names is left alone: a save
-            that is under way may name it yet. By this machine's clock.
+            that is under way may name it yet. As long, a checkpoint that was saved without
+            collectives does not count for `keep`: some of its ranks may not have committed yet.
+            By this machine's clock.
         dry_run: Remove nothing.
         region: The bucket's region; None as in `S3Client`.
         s3client_config: Settings of the client.
@@ -225,7 +227,7 @@ async def _gc(
 ) -> Garbage:
     before = _ago(grace_s)
     found = await survey(channel, root)
-    old = doomed(found.checkpoints, keep, found.everywhere)
+    old = doomed(found.checkpoints, keep, found.everywhere, before)
     lost = list(orphans(found.listing, found.everywhere, before))
     if not dry_run and (old or lost):
         # What was committed or replaced meanwhile counts: only what is needless still is removed.
@@ -233,7 +235,7 @@ async def _gc(
         old_before, lost_before = {each.commits for each in old}, set(lost)
         old = [
             each
-            for each in doomed(found.checkpoints, keep, found.everywhere)
+            for each in doomed(found.checkpoints, keep, found.everywhere, before)
             if each.commits in old_before
         ]
         lost = [

@@ -198,7 +198,10 @@ def problem_of(
 
 
 def doomed(
-    checkpoints: Iterable[Checkpoint], keep: int | None, everywhere: Iterable[Checkpoint]
+    checkpoints: Iterable[Checkpoint],
+    keep: int | None,
+    everywhere: Iterable[Checkpoint],
+    before: datetime,
 ) -> list[Checkpoint]:
     """Return the checkpoints that are older than the newest `keep` complete ones.
 
@@ -208,8 +211,11 @@ def doomed(
         checkpoints: Those to choose from.
         keep: How many complete ones stay; None for all.
         everywhere: All of them, and those in folders above.
+        before: A moment. Where ranks commit by themselves, others of them may be about to follow
+            one that has committed later: such a checkpoint neither counts nor goes.
     """
-    found = sorted(checkpoints, key=lambda each: each.order, reverse=True)
+    settled = (each for each in checkpoints if not _may_grow(each.commits, before))
+    found = sorted(settled, key=lambda each: each.order, reverse=True)
     complete = [each for each in found if each.problem is None]
     if keep is None or len(complete) <= keep:
         return []
@@ -218,6 +224,13 @@ def doomed(
     return [
         each for each in found if each.order < oldest and not each.folder.key.startswith(sealed)
     ]
+
+
+def _may_grow(commits: Iterable[ObjectInfo], before: datetime) -> bool:
+    latest = committed(commits)
+    return all(rank_of(info) is not None for info in commits) and (
+        latest is None or latest > before
+    )
 
 
 def needless(removed: Iterable[Checkpoint], others: Iterable[Checkpoint]) -> list[str]:

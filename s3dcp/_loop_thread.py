@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import threading
 from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any
 
 from s3dcp._calls import GRACE_S
 from s3dcp._errors import PortalError
@@ -26,12 +29,25 @@ def worker_count() -> int:
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:
-    """Return uvloop's loop where that is installed, asyncio's otherwise."""
+    """Return uvloop's loop where that is installed, asyncio's otherwise.
+
+    Names are looked up by the loop's workers, as asyncio does. uvloop would start libuv's own
+    threads for that, whose ends libuv waits for when the process ends: also in a fork, which does
+    not have them, and crashes.
+    """
     try:
         import uvloop
     except ImportError:
         return asyncio.new_event_loop()
-    return uvloop.new_event_loop()
+
+    class Loop(uvloop.Loop):
+        async def getaddrinfo(self, *args: Any, **kwargs: Any) -> Any:
+            return await self.run_in_executor(None, partial(socket.getaddrinfo, *args, **kwargs))
+
+        async def getnameinfo(self, sockaddr: Any, flags: int = 0) -> tuple[str, str]:
+            return await self.run_in_executor(None, socket.getnameinfo, sockaddr, flags)
+
+    return Loop()
 
 
 class LoopThread:

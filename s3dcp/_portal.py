@@ -265,7 +265,8 @@ async def offload(function: Callable[P, T], *args: P.args) -> T:  # type: ignore
     return await asyncio.get_running_loop().run_in_executor(None, function, *args)
 
 
-_lock = threading.Lock()
+# A signal's handler, or a finalizer, may come in between on the same thread.
+_lock = threading.RLock()
 _portal: Portal | None = None
 
 
@@ -289,7 +290,7 @@ def _close_portal() -> None:
 
 def _forget_portal() -> None:
     global _lock, _portal  # noqa: PLW0603
-    _lock = threading.Lock()  # another thread of the parent may have held it
+    _lock = threading.RLock()  # another thread of the parent may have held it
     _portal = None
 
 

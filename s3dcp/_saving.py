@@ -24,7 +24,7 @@ from s3dcp._checksums import combine, crc_of
 from s3dcp._collector import CollectorPause
 from s3dcp._config import MiB, S3ClientConfig
 from s3dcp._errors import IncompleteSaveError
-from s3dcp._flow import Channel
+from s3dcp._flow import Channel, wait_all
 from s3dcp._framing import Frame, encode, frame_for, frame_of, memory_of, storage_alignment
 from s3dcp._keys import S3Uri
 from s3dcp._metadata import ItemCrcs, annotate
@@ -426,8 +426,7 @@ class SavedItems:
             self._portal.wait(future)
 
     async def _drop(self) -> None:
-        for file in self._files:
-            await file.upload.abort()
+        await wait_all([file.upload.abort for file in self._files])
         await delete_quietly(
             self._channel, [file.upload.uri for file in self._files if file.upload.touched]
         )

@@ -23,6 +23,10 @@ from s3dcp._store import Checksum, Part, Receipt, Store, Views
 
 _log = logging.getLogger("s3dcp.uploads")
 
+# Seconds that an upload which is dropped waits for its id. What takes longer goes on by itself, and
+# is aborted when it is there.
+_ID_GRACE_S = 1.0
+
 #: Tries of a request that only tidies up after a failure, whose cause may still be there.
 CLEANUP_ATTEMPTS = 3
 
@@ -41,6 +45,7 @@ class Upload:
         self._upload_id: asyncio.Task[str] | None = None
         self._parts: dict[int, tuple[Part, int]] = {}
         self._sending: set[asyncio.Task[object]] = set()
+        self._asked = False  # for the upload's id, and not answered yet
         self._closed = False
         #: Whether there may be an object under the key.
         self.touched = False
@@ -146,6 +151,16 @@ class Upload:
         if (started := self._upload_id) is None:
             return
         self._upload_id = None
+        if not self._asked:
+            started.cancel()  # it waits for its turn, or to be tried again; or is done
+        dropping = asyncio.create_task(self._drop(started))
+        _dropping.add(dropping)
+        dropping.add_done_callback(_dropping.discard)
+        await asyncio.wait({started}, timeout=_ID_GRACE_S)
+        if started.done():
+            await asyncio.shield(dropping)
+
+    async def _drop(self, started: asyncio.Task[str]) -> None:
         try:
             upload_id = await started
         except (S3Exception, asyncio.CancelledError):
@@ -173,9 +188,18 @@ class Upload:
         return self._upload_id
 
     async def _create(self) -> str:
-        create = partial(
-            self._channel.store.create_upload, self.uri, checksum=self._channel.checksum
-        )
+        async def create() -> str:
+            self._asked = True
+            try:
+                return await self._channel.store.create_upload(
+                    self.uri, checksum=self._channel.checksum
+                )
+            except S3Exception as exc:
+                exc.retryable = exc.retryable and not self._closed
+                raise
+            finally:
+                self._asked = False
+
         return await self._channel.request("CreateMultipartUpload", self.uri, create)
 
     async def _checksums(self, body: Views) -> tuple[list[int], Checksum | None]:
@@ -198,6 +222,8 @@ def checksums_of(body: Views, algorithm: ChecksumName | None) -> tuple[list[int]
     return crcs, Checksum(algorithm, crc_of(body, algorithm))
 
 
+# The loop itself does not hold on to its tasks.
+_dropping: set[asyncio.Task[None]] = set()
 _warned: weakref.WeakSet[Store] = weakref.WeakSet()
 
 

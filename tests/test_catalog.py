@@ -256,7 +256,7 @@ class TestOrder:
 
 class TestDoomed:
     def keys(self, keep: int | None, *found: Checkpoint) -> list[str]:
-        return [each.folder.key for each in doomed(found, keep, found)]
+        return [each.folder.key for each in doomed(found, keep, found, NOW - timedelta(hours=1))]
 
     def test_all_stay_unless_told_how_many(self) -> None:
         found = [checkpoint(f"{n}/", days_old=n) for n in range(5)]
@@ -289,11 +289,39 @@ class TestDoomed:
 
         assert self.keys(1, *found) == ["2/"]
 
+    @pytest.mark.parametrize(
+        ("names", "minutes_old", "gone"),
+        [
+            (["__0.metadata"], 1, []),  # rank 1 may be about to commit
+            (["__0.metadata", "__1.metadata"], 1, []),
+            (["__0.metadata", "__1.metadata"], 90, ["1/"]),
+            (["__0.metadata", ".metadata"], 1, ["1/"]),
+            ([".metadata"], 1, ["1/"]),
+        ],
+    )
+    def test_ranks_that_commit_by_themselves_count_when_all_must_have(
+        self, names: list[str], minutes_old: int, gone: list[str]
+    ) -> None:
+        moment = NOW - timedelta(minutes=minutes_old)
+        commits = tuple(
+            ObjectInfo(key=f"0/{name}", size_bytes=1, etag=None, last_modified=moment)
+            for name in names
+        )
+        newest = replace(checkpoint("0/"), commits=commits)
+        assert self.keys(1, newest, checkpoint("1/", days_old=1)) == gone
+
+    def test_nor_do_they_go(self) -> None:
+        commits = (ObjectInfo(key="0/__0.metadata", size_bytes=1, etag=None, last_modified=NOW),)
+        saving = replace(checkpoint("0/"), commits=commits, problem="missing: x")
+        later = [checkpoint("1/", days_old=-1), checkpoint("2/", days_old=-2)]
+        assert self.keys(1, saving, *later) == ["1/"]
+
     def test_nor_do_those_in_its_folder_go(self) -> None:
         found = [checkpoint(f"run/{n}/", days_old=n) for n in range(3)]
 
-        assert doomed(found, 1, [*found, checkpoint("run/", unreadable="forged")]) == []
-        assert doomed(found, 1, [*found, checkpoint("run/2/x/", unreadable="forged")]) == found[1:]
+        assert doomed(found, 1, [*found, checkpoint("run/", unreadable="forged")], NOW) == []
+        sealed = [*found, checkpoint("run/2/x/", unreadable="forged")]
+        assert doomed(found, 1, sealed, NOW) == found[1:]
 
 
 class TestNeedless:

@@ -6,10 +6,13 @@ import asyncio
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -33,6 +36,7 @@ from s3dcp import (
 from s3dcp._portal import portal
 from s3dcp.testing import FakeS3, Stall
 from tests._forked import Zygote, await_go, say
+from tests._scripted import LEAN
 from tests._states import MiB, StateDict, assert_same, blank, fill
 
 if TYPE_CHECKING:
@@ -140,6 +144,22 @@ def test_a_fork_in_the_middle_of_a_save(server: FakeS3, zygote: Zygote) -> None:
     check(NEW, 1)
     check(OLD, 3)
     assert server.uploads("life") == {}
+
+
+def test_many_forks_beside_requests_end_as_processes_do(server: FakeS3) -> None:
+    """Not by a crash, for want of the parent's threads; and the parent's requests go on."""
+    script = Path(__file__).with_name("_forking.py")
+    run = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
+    url = server.endpoint_url.replace("127.0.0.1", "localhost")  # a name, to be looked up
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-W", "ignore:This process", "-c", LEAN + run, url],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "{0: 10}\n")
 
 
 # Spawns, and what DCP pickles to get there.

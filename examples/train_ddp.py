@@ -3,8 +3,7 @@
     torchrun --nproc-per-node=2 examples/train_ddp.py --uri s3://bucket/run --steps 20
     torchrun --nproc-per-node=4 examples/train_ddp.py --uri s3://bucket/run --steps 40 --resume
 
-Every rank holds the whole model; DCP has each tensor written by one of them, and read by all. Rank
-0 prints one JSON line an event: resume, step, save.
+Every rank holds all tensors; one writes each. Rank 0 prints one JSON line an event.
 """
 
 import argparse
@@ -24,6 +23,7 @@ import s3dcp
 
 # Path style suits a local endpoint (AWS_ENDPOINT_URL); on AWS the defaults do.
 S3_CONFIG = s3dcp.S3ClientConfig(force_path_style=True)
+SEED = 0
 
 
 class Training(Stateful):
@@ -65,14 +65,15 @@ class Saves:
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
+        self.group = dist.new_group(backend="gloo")  # the training's is busy with gradients
         self.saving: Future[Any] | None = None
 
     def begin(self, training: Training) -> None:
         """Copy the state, and save the copy while the training goes on."""
         self.finish()
-        uri = f"{self.uri}/step-{training.step}"
-        saving = s3dcp.async_save({"training": training}, uri, s3client_config=S3_CONFIG)
-        assert isinstance(saving, Future)
+        uri, state = f"{self.uri}/step-{training.step}", {"training": training}
+        saving = s3dcp.async_save(state, uri, process_group=self.group, s3client_config=S3_CONFIG)
+        assert isinstance(saving, Future)  # not two, as with an `async_stager` of one's own
         self.saving = saving
         log("save", uri=uri, sha256=state_sha256(training.model, training.optimizer))
 
@@ -85,14 +86,14 @@ class Saves:
 def train(args: argparse.Namespace) -> None:
     """Train up to `args.steps`, saving every `args.save_every` steps."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    torch.manual_seed(args.seed)
+    torch.manual_seed(SEED)
     model, text, saves = DistributedDataParallel(GPT()), stdlib_text(), Saves(args.uri)
     training = Training(model, torch.optim.AdamW(model.parameters(), lr=1e-3))
     if args.resume:
         resume(training, args.uri)
     while training.step < args.steps:
-        share = {"seed": args.seed, "step": training.step, "rank": rank, "world_size": world_size}
-        loss = model(*batch(text, **share))
+        step = training.step
+        loss = model(*batch(text, seed=SEED, step=step, rank=rank, world_size=world_size))
         loss.backward()
         training.optimizer.step()
         training.optimizer.zero_grad()
@@ -106,11 +107,10 @@ def train(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train a small GPT with DDP, checkpoints on S3.")
+    parser = argparse.ArgumentParser()
     parser.add_argument("--uri", required=True, help="where checkpoints go: s3://bucket/prefix")
-    parser.add_argument("--steps", type=int, default=20, help="train up to this step")
-    parser.add_argument("--save-every", type=int, default=5, help="steps between checkpoints")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--save-every", type=int, default=5)
     parser.add_argument("--resume", action="store_true", help="from the newest checkpoint, if any")
     dist.init_process_group("gloo")
     try:

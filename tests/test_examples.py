@@ -227,6 +227,39 @@ class TestPrune:
         assert all(each.complete for each in found)
 
 
+class TestTrainDdp:
+    def test_saves_in_the_background_and_resumes(
+        self, run: _Runner, boto: Any, bucket: str
+    ) -> None:
+        uri = f"s3://{bucket}/run"
+        script = (str(_EXAMPLES / "train_ddp.py"), "--uri", uri, "--save-every", "2")
+
+        trained = run.torchrun(2, *script, "--steps", "5")
+        resumed = run.torchrun(1, *script, "--steps", "5", "--resume")
+
+        saves = _of(trained, "save")
+        assert [save["uri"] for save in saves] == [f"{uri}/step-2", f"{uri}/step-4"]
+        [resume] = _of(resumed, "resume")
+        assert (resume["uri"], resume["step"]) == (f"{uri}/step-4", 4)
+        assert resume["sha256"] == saves[-1]["sha256"]
+        [last] = _of(resumed, "step")
+        assert last["step"] == 5
+        assert last["loss"] == pytest.approx(_of(trained, "step")[-1]["loss"], abs=1e-3)
+
+
+class TestLoadFewerRanks:
+    def test_what_four_ranks_saved_two_and_one_load(self, run: _Runner, bucket: str) -> None:
+        script = (str(_EXAMPLES / "load_fewer_ranks.py"), "--uri", f"s3://{bucket}/ck")
+
+        [saved] = run.torchrun(4, *script, "--save")
+        [on_two] = run.torchrun(2, *script)
+        on_one = json.loads(run(*script))
+
+        assert saved == {"event": "save", "ranks": 4, "sha256": saved["sha256"]}
+        assert on_two == {"event": "load", "ranks": 2, "sha256": saved["sha256"]}
+        assert on_one == {"event": "load", "ranks": 1, "sha256": saved["sha256"]}
+
+
 class TestDemo:
     def test_all_that_it_promises_holds(self, run: _Runner, tmp_path: Path) -> None:
         printed = run(str(_EXAMPLES / "demo.py"))

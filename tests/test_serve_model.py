@@ -2,8 +2,8 @@
 
 How late its loop is, it says itself, and which part of that was its own doing: the time for which
 its process ran. The rest is the machine's, which other tests keep busy. So the median of several
-reloads is asserted of its own part; of all of it, the least, and no more of that than goes beyond
-what it is without a reload. A loop that waits for S3 would be late in every reload.
+reloads is asserted of its own part; of all of it, the least, and only what goes beyond the worst
+without a reload. A loop that waits for S3 would be late in every reload.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def publish_damaged(step: int) -> None:
     asyncio.run(copy())
 
 
-def test_it_answers_while_it_reloads(run: _Runner, server: FakeS3Process) -> None:
+def test_it_answers_while_it_reloads_and_saves(run: _Runner, server: FakeS3Process) -> None:
     idle, reloads = [], []
     with served(run) as service:
         assert service.ask("POST", "/score", _TEXT)[0] == 503
@@ -211,7 +211,12 @@ def test_it_answers_while_it_reloads(run: _Runner, server: FakeS3Process) -> Non
                 uri, loss = publish(step)
                 published[uri] = loss
                 reloads.append(service.wait_for(uri))
+            saved = service.ask("POST", "/save")
 
+    assert saved == (200, {"checkpoint": uri, "saved": f"{_KEPT}/step-6"})
+    copy = gpt(0)
+    s3dcp.load({"training": {"model": copy.state_dict()}}, f"{_KEPT}/step-6")
+    assert loss_of(copy) == loss
     losses = sorted(published.values())
     apart = min(after - before for before, after in pairwise(losses))
     assert apart > 1e-4  # so that a mixture of two is told from either
@@ -228,23 +233,8 @@ def test_it_answers_while_it_reloads(run: _Runner, server: FakeS3Process) -> Non
         f"({median(each.all for each in idle):.1f})"
     )
     assert own_ms < _MOST_LATE_MS, reloads
-    least_ms, least_idle_ms = (min(each.all for each in some) for some in (reloads, idle))
-    assert least_ms < _MOST_LATE_MS + least_idle_ms, (reloads, idle)
-
-
-def test_it_saves_on_demand(run: _Runner, server: FakeS3Process) -> None:
-    uri, loss = publish(1)
-    with served(run) as service:
-        service.wait_for(uri)
-        with service.under_load():
-            assert service.ask("POST", "/save") == (
-                200,
-                {"checkpoint": uri, "saved": f"{_KEPT}/step-1"},
-            )
-
-    model = gpt(7)
-    s3dcp.load({"training": {"model": model.state_dict()}}, f"{_KEPT}/step-1")
-    assert loss_of(model) == loss
+    machines_ms = max(each.all for each in idle)
+    assert min(each.all for each in reloads) < _MOST_LATE_MS + machines_ms, (reloads, idle)
 
 
 def test_it_goes_on_with_what_it_has(run: _Runner, server: FakeS3Process) -> None:

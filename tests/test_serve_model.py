@@ -201,7 +201,8 @@ def test_it_answers_while_it_reloads_and_saves(run: _Runner, server: FakeS3Proce
     idle, reloads = [], []
     with served(run) as service:
         assert service.ask("POST", "/score", _TEXT)[0] == 503
-        published = dict([publish(1)])
+        uri, loss = publish(1)
+        published = {uri: loss}
         service.wait_for(f"{_RUN}/step-1")
         with service.under_load():
             for step in range(2, 7):

@@ -96,6 +96,7 @@ def aws(
         "s3.eu-west-1.amazonaws.com",
         "*.s3.eu-west-1.amazonaws.com",
         "*.s3-accesspoint.eu-west-1.amazonaws.com",
+        "*.mrap.accesspoint.s3-global.amazonaws.com",
         "*.s3.amazonaws.com",
         "*.s3.cn-north-1.amazonaws.com.cn",
         "*.s3-fips.us-gov-west-1.amazonaws.com",
@@ -146,6 +147,17 @@ class TestAwsAddresses:
         scope = f"/{region}/s3/aws4_request"
         assert "Credential=key-of-environment/" in request.headers["authorization"]
         assert scope in request.headers["authorization"]
+
+    @pytest.mark.parametrize("region", [REGION, None])
+    def test_a_multi_region_access_point(self, aws: Aws, region: str | None) -> None:
+        """Signed for all regions at once (SigV4A), for which awscrt is there."""
+        scripted = aws(body)
+        arn = "arn:aws:s3::123456789012:accesspoint/mfzwi23gnjvgw.mrap"
+        assert get(arn, region=region) == b"body"
+        headers = scripted.requests[1].headers
+        assert headers["host"] == "mfzwi23gnjvgw.mrap.accesspoint.s3-global.amazonaws.com"
+        assert headers["authorization"].startswith("AWS4-ECDSA-P256-SHA256 ")
+        assert headers["x-amz-region-set"] == "*"
 
     def test_dualstack_by_the_environment(self, aws: Aws, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("AWS_USE_DUALSTACK_ENDPOINT", "true")

@@ -289,3 +289,36 @@ def read_item(name: str) -> ReadItem:
         storage_offsets=Size([0]),
         lengths=Size([0]),
     )
+
+
+def _functions() -> list[Any]:
+    """The public functions, and the public methods of public classes that are written here."""
+    found = []
+    for name in s3dcp.__all__:
+        value = getattr(s3dcp, name)
+        if inspect.isfunction(value):
+            found.append(value)
+        elif inspect.isclass(value):
+            found += [
+                each
+                for attribute, each in vars(value).items()
+                if inspect.isfunction(each)
+                and each.__module__.startswith("s3dcp")
+                and (attribute == "__init__" or not attribute.startswith("_"))
+            ]
+    return found
+
+
+def test_what_is_public_is_typed_whole() -> None:
+    """Every argument and result, with a marker for type checkers; `mypy` itself is in `make`."""
+    assert (Path(s3dcp.__file__).parent / "py.typed").exists()
+    functions = _functions()
+    assert len(functions) > 60
+    for function in functions:
+        signature = inspect.signature(function)
+        named = [each for each in signature.parameters.values() if each.name not in {"self", "cls"}]
+        missing = [each.name for each in named if each.annotation is inspect.Parameter.empty]
+        assert not missing, f"{function.__qualname__}: {missing}"
+        assert signature.return_annotation is not inspect.Signature.empty, function.__qualname__
+        if function.__name__ != "__init__":
+            assert signature.return_annotation != "Any", function.__qualname__

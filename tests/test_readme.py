@@ -1,8 +1,8 @@
-"""The README, run: its Python, its imports, its commands, its tables.
+"""The README and the guide, run: their Python, imports, commands, policies and tables.
 
-Every Python block runs, top to bottom, in one namespace on one rank, as the page's first comment
-says. No block can opt out: a fence of a language that is not known here fails a test, and the
-lines that ran are compared with the fences that a plain scan finds.
+Every Python block of a page runs, top to bottom, in one namespace on one rank, as the README's
+first comment says. No block can opt out: a fence of a language that is not known here fails a test,
+and the lines that ran are compared with the fences that a plain scan finds.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ast
 import builtins
 import contextlib
 import io
+import json
 import os
 import re
 import shlex
@@ -20,10 +21,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import boto3
 import pytest
+from botocore.validate import ParamValidator
+from click.testing import CliRunner
 
 import s3dcp
 from s3dcp._cli import cli
+from s3dcp.testing import FakeS3
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,39 +38,56 @@ if TYPE_CHECKING:
 
 _ROOT = Path(__file__).parents[1]
 _README = _ROOT / "README.md"
-_LANGUAGES = {"python", "sh", "diff"}
+_PAGES = [_README, *sorted((_ROOT / "docs").glob("*.md"))]
+_LANGUAGES = {"python", "sh", "diff", "json"}
 _BUCKET = "my-bucket"
 _ENDPOINT = "https://s3.example.com"
+_PROGRAMS = {"pip", "torchrun", "s3dcp"}
+_NOT_RUN = {"serve"}
+# Of the calls, s3fs and torch.
+_ARGUMENTS = {
+    *("overwrite", "region", "weights_only", "thread_count", "use_collectives", "no_dist"),
+    *("reader_constructor", "s3client_config", "serialization_format", "keep", "dry_run"),
+    *("cache_staged_state_dict", "anon", "trusted_metadata", "storage_writer", "storage_reader"),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A fenced block, and the line of the README that its first line is."""
+    """A fenced block, and the line of its page that its first line is."""
 
+    page: Path
     language: str
     line: int
     text: str
 
 
-def _lines() -> list[str]:
-    return _README.read_text(encoding="utf-8").splitlines()
+def _lines(page: Path = _README) -> list[str]:
+    return page.read_text(encoding="utf-8").splitlines()
 
 
-def _blocks(language: str | None = None) -> list[Block]:
+def _blocks(language: str | None = None, page: Path = _README) -> list[Block]:
     found: list[Block] = []
     opened: tuple[str, int] | None = None
-    for number, line in enumerate(_lines(), 1):
+    for number, line in enumerate(_lines(page), 1):
         if not line.startswith("```"):
             continue
         if opened is None:
             opened = line[3:], number + 1
         else:
-            assert line == "```", f"README.md:{number}: a fence inside a fence"
-            text = "\n".join(_lines()[opened[1] - 1 : number - 1]) + "\n"
-            found.append(Block(*opened, text))
+            assert line == "```", f"{page.name}:{number}: a fence inside a fence"
+            text = "\n".join(_lines(page)[opened[1] - 1 : number - 1]) + "\n"
+            found.append(Block(page, *opened, text))
             opened = None
-    assert opened is None, "README.md: a fence that does not end"
+    assert opened is None, f"{page.name}: a fence that does not end"
     return [block for block in found if language in (None, block.language)]
+
+
+def _all_blocks(language: str) -> list[Block]:
+    return [block for page in _PAGES for block in _blocks(language, page)]
+
+
+every_page = pytest.mark.parametrize("page", _PAGES, ids=lambda page: str(page.relative_to(_ROOT)))
 
 
 def _rows(first_cell: str) -> Iterator[list[str]]:
@@ -98,8 +120,8 @@ def _run_snippets(snippets: list[Block]) -> list[int]:
     ran = []
     for snippet in snippets:
         environ = dict(os.environ)
-        # Empty lines in front, so that a traceback has the README's own line numbers.
-        code = compile("\n" * (snippet.line - 1) + snippet.text, _README, "exec")
+        # Empty lines in front, so that a traceback has the page's own line numbers.
+        code = compile("\n" * (snippet.line - 1) + snippet.text, snippet.page, "exec")
         try:
             with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("error")
@@ -112,34 +134,41 @@ def _run_snippets(snippets: list[Block]) -> list[int]:
 
 
 class TestSnippets:
-    def test_every_python_block_runs(self, ranks1: RankPool, server: Server, bucket: str) -> None:
+    @every_page
+    def test_every_python_block_runs(
+        self, ranks1: RankPool, server: Server, bucket: str, page: Path
+    ) -> None:
         snippets = []
-        for block in _blocks("python"):
+        for block in _blocks("python", page):
             text = block.text.replace(_BUCKET, bucket).replace(_ENDPOINT, server.endpoint_url)
-            snippets.append(Block(block.language, block.line, text))
+            snippets.append(Block(page, block.language, block.line, text))
 
         [ran] = ranks1.run(_run_snippets, snippets)
 
-        scanned = [n + 1 for n, line in enumerate(_lines(), 1) if line.strip() == "```python"]
+        scanned = [n + 1 for n, line in enumerate(_lines(page), 1) if line.strip() == "```python"]
         assert ran == scanned
-        assert len(ran) >= 8
+
+    def test_there_are_snippets(self) -> None:
+        assert len(_blocks("python")) >= 8
+        assert len(_all_blocks("python")) >= 18
 
     def test_what_stands_for_the_tests_own_is_used_and_said(self) -> None:
         comment = _README.read_text(encoding="utf-8").partition("<!--")[2].partition("-->")[0]
         for stand_in in (_BUCKET, _ENDPOINT):
             assert f"`{stand_in}`" in comment
-            assert any(stand_in in block.text for block in _blocks("python"))
+            assert any(stand_in in block.text for block in _all_blocks("python"))
 
-    def test_no_block_hides(self) -> None:
+    @every_page
+    def test_no_block_hides(self, page: Path) -> None:
         """Every fence starts its line, and is of a language that something here checks."""
-        blocks = _blocks()
+        blocks = _blocks(page=page)
 
-        assert {block.language for block in blocks} == _LANGUAGES
-        fences = [line for line in _lines() if "```" in line or "~~~" in line]
+        assert {block.language for block in blocks} <= _LANGUAGES
+        fences = [line for line in _lines(page) if "```" in line or "~~~" in line]
         assert len(fences) == 2 * len(blocks)
 
     def test_diffs_are_of_imports_that_work(self) -> None:
-        for block in _blocks("diff"):
+        for block in _all_blocks("diff"):
             signs = {line[:1] for line in block.text.splitlines()}
             assert signs == {"-", "+"}
             for sign in signs:
@@ -148,10 +177,10 @@ class TestSnippets:
                 )
                 body = ast.parse(source).body
                 assert all(isinstance(statement, ast.ImportFrom) for statement in body)
-                exec(compile(source, f"{_README}:{block.line}", "exec"), {})
+                exec(compile(source, f"{block.page}:{block.line}", "exec"), {})
 
     def test_a_diff_replaces_every_name(self) -> None:
-        for block in _blocks("diff"):
+        for block in _all_blocks("diff"):
             removed, added = (
                 [
                     alias.name
@@ -178,16 +207,33 @@ class TestCommands:
     def test_shell_commands_name_what_exists(self) -> None:
         commands = [
             shlex.split(line, comments=True)
-            for block in _blocks("sh")
+            for block in _all_blocks("sh")
             for line in block.text.splitlines()
         ]
 
-        assert {command[0] for command in commands} == {"pip", "torchrun", "s3dcp"}
+        assert {command[0] for command in commands} == _PROGRAMS
         for command in commands:
             if command[0] == "torchrun":
                 _check_script(command[1:])
             if command[0] == "s3dcp":
                 cli.commands[command[1]].make_context(command[1], command[2:])  # or it raises
+
+    @every_page
+    def test_commands_of_ours_run(self, page: Path) -> None:
+        """On a run of three checkpoints; `serve` would not end."""
+        with FakeS3() as fake, pytest.MonkeyPatch.context() as patch:
+            for name, value in fake.environ().items():
+                patch.setenv(name, value)
+            fake.create_bucket(_BUCKET)
+            for step in (100, 200, 300):
+                s3dcp.save({"step": step}, f"s3://{_BUCKET}/run/step-{step}")
+            for block in _blocks("sh", page):
+                for line in block.text.splitlines():
+                    program, *arguments = shlex.split(line, comments=True)
+                    if program == "s3dcp" and arguments[0] not in _NOT_RUN:
+                        done = CliRunner().invoke(cli, arguments)
+                        assert done.exit_code == 0, f"{line}: {done.output}"
+            fake.check()
 
     def test_every_command_is_shown(self) -> None:
         shown = re.findall(r"^s3dcp ([\w-]+)", _README.read_text(encoding="utf-8"), re.MULTILINE)
@@ -207,6 +253,50 @@ def _check_script(arguments: list[str]) -> None:
     for option in arguments[arguments.index(script) + 1 :]:
         if option.startswith("--"):
             assert f'"{option}"' in source, f"{script} has no {option}"
+
+
+class TestPolicies:
+    """What is to be copied is what AWS takes, as far as botocore and the engine know."""
+
+    def test_each_is_a_policy_or_a_lifecycle(self) -> None:
+        found = [json.loads(block.text) for block in _all_blocks("json")]
+
+        assert len(found) == 3
+        assert [sorted(each) for each in found] == [["Statement", "Version"], ["Rules"], ["Rules"]]
+
+    def test_lifecycles_are_what_s3_takes(self) -> None:
+        with FakeS3() as fake:
+            client = boto3.client("s3", region_name=fake.region)
+            for block in _all_blocks("json"):
+                rules = json.loads(block.text)
+                if "Rules" not in rules:
+                    continue
+                shape = client.meta.service_model.operation_model(
+                    "PutBucketLifecycleConfiguration"
+                ).input_shape
+                given = {"Bucket": _BUCKET, "LifecycleConfiguration": rules}
+                assert not ParamValidator().validate(given, shape).has_errors()
+            client.close()
+
+    def test_the_policy_allows_what_is_asked(self) -> None:
+        """Every request that s3dcp sends has its action in the policy, and no other is in it."""
+        [policy] = [
+            found
+            for block in _all_blocks("json")
+            if "Statement" in (found := json.loads(block.text))
+        ]
+        allowed = {action for each in policy["Statement"] for action in each["Action"]}
+
+        assert policy["Version"] == "2012-10-17"
+        assert all(each["Effect"] == "Allow" for each in policy["Statement"])
+        assert allowed == {
+            *("s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:ListBucket"),
+            *("s3:AbortMultipartUpload", "s3:ListBucketMultipartUploads"),
+            *("kms:GenerateDataKey", "kms:Decrypt"),
+        }
+        for each in policy["Statement"]:
+            objects = {"s3:GetObject", "s3:PutObject"} & set(each["Action"])
+            assert each["Resource"].endswith("/*") == bool(objects)
 
 
 class TestTables:
@@ -256,25 +346,43 @@ class TestTables:
         assert told == {name for name in s3dcp.__all__ if "Strategy" in name}
 
 
+def _anchors(page: Path) -> set[str]:
+    return {
+        re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    }
+
+
 class TestText:
-    def test_names_exist(self) -> None:
+    @every_page
+    def test_names_exist(self, page: Path) -> None:
         """Whatever looks like one of s3dcp's names is one, or Python's, torch's, or the peer's."""
-        text = _README.read_text(encoding="utf-8")
-        named = set(re.findall(r"`(S3\w+|\w+Error|\w+Strategy)\b", text))
+        named = set(re.findall(r"`(S3\w+|\w+Error|\w+Strategy)\b", page.read_text("utf-8")))
 
         assert {name for name in named if not hasattr(s3dcp, name)} <= set(dir(builtins))
 
-    def test_links_lead_somewhere(self) -> None:
-        text = _README.read_text(encoding="utf-8")
-        headings = {
-            re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-")
-            for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)
-        }
-        for target in re.findall(r"\]\((?!https?://)([^)]*)\)", text):
-            if target.startswith("#"):
-                assert target[1:] in headings
-            else:
-                assert (_ROOT / target).exists()
+    @every_page
+    def test_settings_exist(self, page: Path) -> None:
+        """Whatever is written as an argument with a value is one of a setting or a call."""
+        named = set(re.findall(r"`(\w+)=(?!\{)[^`]*`", page.read_text("utf-8")))
+        settings = {field.name for field in fields(s3dcp.S3ClientConfig)}
+
+        assert named <= settings | _ARGUMENTS
+
+    @every_page
+    def test_links_lead_somewhere(self, page: Path) -> None:
+        for target in re.findall(r"\]\((?!https?://)([^)]*)\)", page.read_text("utf-8")):
+            path, _, heading = target.partition("#")
+            there = (page.parent / path).resolve() if path else page
+            assert there.exists(), target
+            assert not heading or heading in _anchors(there), target
+
+    def test_the_guide_is_whole(self) -> None:
+        """Its index leads to every page, and the README to the index."""
+        index = (_ROOT / "docs" / "README.md").read_text("utf-8")
+
+        assert all(page.name in index for page in _PAGES if page.parent.name == "docs")
+        assert "docs/README.md" in _README.read_text("utf-8")
 
     def test_the_version_is_in_the_changelog(self) -> None:
         changelog = (_ROOT / "CHANGELOG.md").read_text(encoding="utf-8")

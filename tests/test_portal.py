@@ -113,7 +113,7 @@ class TestCalls:
 
         async def look_up() -> list[Any]:
             loop = asyncio.get_running_loop()
-            found = await loop.getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)
+            found: list[Any] = await loop.getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)
             await loop.getnameinfo(found[0][4])
             return found
 

@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,9 +15,11 @@ import weakref
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future
 from contextlib import closing
-from typing import NoReturn
+from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
+import uvloop
 
 from s3dcp import PortalError, S3Exception, _calls
 from s3dcp._loop_thread import worker_count
@@ -99,10 +102,24 @@ class TestCalls:
             either.call(fail)
 
     def test_they_run_on_its_thread_on_uvloop(self, own: Portal) -> None:
-        async def where() -> tuple[str, str]:
-            return threading.current_thread().name, type(asyncio.get_running_loop()).__module__
+        async def where() -> tuple[str, bool]:
+            loop = asyncio.get_running_loop()
+            return threading.current_thread().name, isinstance(loop, uvloop.Loop)
 
-        assert own.call(where) == ("s3dcp-portal", "uvloop")
+        assert own.call(where) == ("s3dcp-portal", True)
+
+    def test_names_are_looked_up_by_its_workers(self, own: Portal) -> None:
+        """And not by libuv's threads, which a fork would wait for when it ends."""
+
+        async def look_up() -> list[Any]:
+            loop = asyncio.get_running_loop()
+            found: list[Any] = await loop.getaddrinfo("localhost", 80, type=socket.SOCK_STREAM)
+            await loop.getnameinfo(found[0][4])
+            return found
+
+        threads = len(list(Path("/proc/self/task").iterdir()))
+        assert {address[4][0] for address in own.call(look_up)} <= {"127.0.0.1", "::1"}
+        assert len(list(Path("/proc/self/task").iterdir())) == threads
 
     def test_uvloop_is_not_made_everyones(self, own: Portal) -> None:
         with closing(asyncio.new_event_loop()) as loop:

@@ -83,6 +83,9 @@ def copy(
     changed: objects that were whole stay, and a file on a disk grows on from its length. An object
     that was on its way up starts over.
 
+    Let one process at a time copy to a place. On a disk another one is refused. In a bucket it is
+    found out only before the commit, when objects that both call the same may be the other's.
+
     Args:
         source: The checkpoint's folder, `s3://bucket/folder` or a path.
         target: The copy's own folder.

@@ -10,8 +10,9 @@ SOURCES := s3dcp tests examples benchmarks
 # The pin lives in pyproject.toml, once.
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-# The examples' tests have a target of their own, so that `check` runs them once.
-EXAMPLES := tests/test_examples.py
+# The examples' tests have a target of their own, so that `check` runs them once, and one by one:
+# some look at the clock.
+EXAMPLES := tests/test_examples.py tests/test_serve_model.py
 
 SOAK_SECONDS ?= 600
 
@@ -41,7 +42,7 @@ types: install ## Check types, strictly
 	$(BIN)/mypy
 
 tests: install ## Run the tests, two processes at a time
-	$(BIN)/pytest -n 2 --dist loadgroup --ignore $(EXAMPLES)
+	$(BIN)/pytest -n 2 --dist loadgroup $(addprefix --ignore=,$(EXAMPLES))
 
 examples: install ## Run the examples' tests
 	$(if $(wildcard $(EXAMPLES)),$(BIN)/pytest $(EXAMPLES))

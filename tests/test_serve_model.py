@@ -209,15 +209,14 @@ def test_it_answers_while_it_reloads_and_saves(run: _Runner, server: FakeS3Proce
                 service.delays()
                 publish(step, "s3://bucket/aside")  # as busy a machine, and no reload
                 idle.append(service.delays())
-                uri, loss = publish(step)
-                published[uri] = loss
-                reloads.append(service.wait_for(uri))
+                published |= [publish(step)]
+                reloads.append(service.wait_for(f"{_RUN}/step-{step}"))
             saved = service.ask("POST", "/save")
 
-    assert saved == (200, {"checkpoint": uri, "saved": f"{_KEPT}/step-6"})
+    assert saved == (200, {"checkpoint": f"{_RUN}/step-6", "saved": f"{_KEPT}/step-6"})
     copy = gpt(0)
     s3dcp.load({"training": {"model": copy.state_dict()}}, f"{_KEPT}/step-6")
-    assert loss_of(copy) == loss
+    assert loss_of(copy) == published[f"{_RUN}/step-6"]
     losses = sorted(published.values())
     apart = min(after - before for before, after in pairwise(losses))
     assert apart > 1e-4  # so that a mixture of two is told from either

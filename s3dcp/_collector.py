@@ -23,6 +23,11 @@ class CollectorPause:
     """A context in which the collector does not run by itself. Does nothing where it is off."""
 
     def __enter__(self) -> Self:
+        if gc.isenabled():
+            gc.collect(1)  # quick, and what is garbage already does not grow old
+        return self._begin()
+
+    def _begin(self) -> Self:
         try:
             if _in_force or gc.isenabled():
                 _in_force.add(self)
@@ -38,7 +43,10 @@ class CollectorPause:
                 _in_force.discard(self)
             finally:  # even if an interrupt strikes right here
                 if not _in_force:
-                    gc.enable()
+                    try:
+                        _age()
+                    finally:
+                        gc.enable()
 
     def next_of(self, source: queue.SimpleQueue[T]) -> T:
         """Return a queue's next element; while there is none, the pause is lifted."""
@@ -56,7 +64,14 @@ class CollectorPause:
         try:
             yield
         finally:
-            self.__enter__()
+            self._begin()
+
+
+def _age() -> None:
+    """Make all objects old, without a look at any."""
+    if not gc.get_freeze_count():  # else they are the user's, to stay frozen
+        gc.freeze()
+        gc.unfreeze()
 
 
 # The pauses in force. Adding and discarding are atomic, so threads need no lock: the last one out

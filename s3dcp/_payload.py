@@ -41,9 +41,7 @@ class ViewsPayload(Payload):
         turns: Of the requests on this loop.
     """
 
-    def __init__(
-        self, views: Views, stall_timeout_s: float, turns: Turns | None = None
-    ) -> None:
+    def __init__(self, views: Views, stall_timeout_s: float, turns: Turns | None = None) -> None:
         self._views = [view for view in views if view.nbytes]
         self._nbytes = sum(view.nbytes for view in self._views)
         self._stall_timeout_s = stall_timeout_s

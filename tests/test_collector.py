@@ -29,6 +29,26 @@ def test_it_is_off_meanwhile_and_on_afterwards() -> None:
     assert gc.isenabled()
 
 
+def test_what_was_made_meanwhile_is_old() -> None:
+    """Else the next collections would walk it."""
+    with CollectorPause():
+        made = [[] for _ in range(10)]
+    old = {id(each) for each in gc.get_objects(generation=2)}
+    assert all(id(each) in old for each in made)
+    assert not gc.get_freeze_count()
+
+
+def test_what_is_frozen_stays_frozen() -> None:
+    gc.freeze()
+    try:
+        frozen = gc.get_freeze_count()
+        with CollectorPause():
+            pass
+        assert gc.get_freeze_count() >= frozen > 0
+    finally:
+        gc.unfreeze()
+
+
 def test_where_it_is_off_it_stays_off() -> None:
     gc.disable()
     with CollectorPause() as pause:

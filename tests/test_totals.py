@@ -35,10 +35,10 @@ def test_they_count_what_went_wrong(
         dcp.load({"w": torch.zeros(3 * MiB)}, storage_reader=reader, no_dist=True)
         loaded = reader.totals
 
-    assert list(saved.operations) == [
+    assert saved.operations.keys() == {
         *("CreateMultipartUpload", "UploadPart", "CompleteMultipartUpload"),
         *("GetObject", "PutObject"),  # the commit
-    ]
+    }
     parts = saved.operations["UploadPart"]
     assert (parts.throttles, parts.retries) == (2, 2)
     assert parts.size_bytes > 12 * MiB

@@ -32,7 +32,7 @@ def test_it_is_off_meanwhile_and_on_afterwards() -> None:
 def test_what_was_made_meanwhile_is_old() -> None:
     """Else the next collections would walk it."""
     with CollectorPause():
-        made = [[] for _ in range(10)]
+        made: list[list[int]] = [[] for _ in range(10)]
     old = {id(each) for each in gc.get_objects(generation=2)}
     assert all(id(each) in old for each in made)
     assert not gc.get_freeze_count()

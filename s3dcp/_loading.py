@@ -168,7 +168,7 @@ class LoadedItems:
         total = sum(item.missing_bytes for item in items)
         self._meter.expect(total)
         size = span_bytes(total, self._part_bytes, self._channel.slots.count)
-        # What one span carries may all need buffers: an item that it carries a part of, a whole one.
+        # What one span carries may need buffers: items that it carries parts of, whole ones.
         most = max(self._budget_bytes // 2, MiB)
         spans = [
             (uri, span)

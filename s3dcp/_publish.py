@@ -89,8 +89,8 @@ async def publish(
     ended = False
     guarded = True  # whether every attempt had a condition
     started_s = channel.retry.clock()
-    # An old look will do if a condition holds the PUT to it, or anything may be replaced; in a store
-    # without conditions, a checkpoint that came since then loses its place, and keeps its objects.
+    # An old look will do if a condition holds the PUT to it, or anything may be replaced: without
+    # conditions, a checkpoint that came since then loses its place, and its objects are left.
     known_looks = list(looks) if overwrite or channel.store.conditional_writes else []
     while True:
         found = known_looks.pop() if known_looks else await _read_back(channel, uri, attempts)

@@ -191,7 +191,7 @@ class SavedItems:
 
         Args:
             files: For each, its place, its name in the metadata, and its items.
-            after: What has to have succeeded before this does.
+            after: What has to have succeeded before any data is sent.
 
         Raises:
             S3Exception: something could not be written. Nothing of this plan is left behind.
@@ -201,6 +201,9 @@ class SavedItems:
                 for uri, name, items in files:
                     self._open(uri, name, items)
                 self._meter.expect(sum(file.expected_bytes for file in self._files))
+                if after is not None:
+                    with self._pause.lifted():
+                        self._portal.wait(after)
                 for file, (_, _, items) in zip(self._files, files, strict=True):
                     for item in items:
                         self._add(file, item)
@@ -209,8 +212,6 @@ class SavedItems:
                     pass
                 results = [result for file in self._files for result in file.copied]
                 results += [item.result() for file in self._files for item in file.items]
-            if after is not None:
-                self._portal.wait(after)
             self._complete()
         except BaseException:
             self._calls.abandon(self._drop)
@@ -233,8 +234,11 @@ class SavedItems:
             self._channel.slots.count,
             most_bytes=self._budget_bytes // 2,
         )
+        upload = Upload(self._channel, uri)
+        if estimate > size:
+            self._calls.submit(upload.begin)
         expected = estimate + _FRAME_BYTES * len(items)
-        self._files.append(_File(name, Upload(self._channel, uri), PartCutter(size), expected))
+        self._files.append(_File(name, upload, PartCutter(size), expected))
 
     def _add(self, file: _File, write_item: WriteItem) -> None:
         data = self._planner.resolve_data(write_item)

@@ -87,9 +87,9 @@ def saving(state: StateDict, *, overwrite: bool = True) -> Callable[[], None]:
 
 # One job has its whole save while another stands at one of its requests.
 
-# What the first job asks for, in order: is there a checkpoint, the data, the key of the commit as
-# it is now, the commit; and, where it replaced a checkpoint, that one's object.
-_COMMIT = 3
+# What the first job asks for, in order: what it may replace, the data, the commit; and, where it
+# replaced a checkpoint, that one's object.
+_COMMIT = 2
 
 
 @pytest.mark.parametrize("answered", [False, True], ids=["before", "after"])
@@ -281,10 +281,10 @@ def test_every_outcome_of_a_commit(fake: FakeS3, jobs: ThreadPoolExecutor, case:
         save(OLD, "ck", CONFIG)
     if case.put is not None:
         fake.inject(case.put, operation="PutObject", key=KEY, times=case.times)
-    # The GETs of `.metadata`: is there one, as it is now, and, if need be, read back.
+    # The GETs of `.metadata`: what is there, and, if need be, read back.
     if case.read_back is not None:
-        fake.inject(case.read_back, operation="GetObject", key=KEY, skip=2)
-    reads = {"before": 1, "after": 2, "": 99}[case.b]
+        fake.inject(case.read_back, operation="GetObject", key=KEY, skip=1)
+    reads = {"before": 0, "after": 1, "": 99}[case.b]
     hold = fake.inject(Hold(answer=case.b == "before"), operation="GetObject", key=KEY, skip=reads)
     job: Future[S3Exception | None] = jobs.submit(outcome, saving(A, overwrite=case.overwrite))
     if case.b:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -135,6 +137,36 @@ def test_no_gap_and_any_gap() -> None:
     assert len(coalesce(wants, max_gap=0, max_span=100)) == 2
     assert len(coalesce(wants, max_gap=float("inf"), max_span=100)) == 1
     assert len(coalesce(wants, max_gap=float("inf"), max_span=15)) == 2
+
+
+@pytest.mark.parametrize(
+    ("wants", "max_shared", "sizes"),
+    [
+        ([(0, 16), (16, 32), (32, 48)], math.inf, [9] * 5),  # one each of five requests
+        ([(0, 16), (16, 32), (32, 48)], 15, [8] * 6),
+        ([(0, 4), (4, 8), (8, 24)], 15, [8, 8, 8]),
+        ([(0, 16), (30, 46)], math.inf, [8] * 4),  # a gap
+        ([(0, 4), (4, 20)], math.inf, [10, 10]),
+    ],
+)
+def test_spans_are_even_whatever_lies_in_them(
+    wants: list[tuple[int, int]], max_shared: float, sizes: list[int]
+) -> None:
+    """All numbers in MiB."""
+    spans = coalesce(
+        [Want(a * MiB, b * MiB, n) for n, (a, b) in enumerate(wants)],
+        max_gap=0,
+        max_span=10 * MiB,
+        max_shared=max_shared * MiB,
+    )
+    assert [span.size_bytes // MiB for span in spans] == sizes
+
+
+def test_small_wants_are_not_cut() -> None:
+    wants = [Want(n * MiB, (n + 1) * MiB, n) for n in range(11)]
+    spans = coalesce(wants, max_gap=0, max_span=5 * MiB)
+    assert [len(span.pieces) for span in spans] == [4, 4, 3]
+    assert all(piece in wants for span in spans for piece in span.pieces)
 
 
 wants_strategy = st.lists(

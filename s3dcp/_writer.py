@@ -31,6 +31,7 @@ from s3dcp._errors import (
 from s3dcp._filesystem import S3FileSystem
 from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
 from s3dcp._metadata import dump_metadata, load_metadata
+from s3dcp._portal import Calls
 from s3dcp._prefixes import DefaultPrefixStrategy, S3PrefixStrategyBase
 from s3dcp._progress import ProgressCallback
 from s3dcp._publish import already_exists, delete_quietly, exists, publish, read
@@ -158,7 +159,7 @@ class S3StorageWriter(FileSystemWriter):
             uri = self._metadata_uri()
             portal, channel = self.fs.client.connect(self.recording.tally)
             # If it may be replaced, what is there is not needed before the commit.
-            self._look = portal.submit(read, channel, uri)
+            self._look = Calls(portal).submit(read, channel, uri)
             if not self.overwrite and portal.wait(self._look) is not None:
                 raise already_exists(uri)
             if alone and self._exists(self._metadata_uri(alone=False)):

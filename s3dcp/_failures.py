@@ -135,7 +135,8 @@ def map_error(exc: Exception, operation: str, uri: S3Uri) -> S3Exception:
     lost = getattr(exc, "kwargs", {}).get("error")
     if type(lost) is aiohttp.ClientOSError and lost.errno:
         # In the middle of a request; botocore says that it could not connect.
-        kind, hint, cause = errors.S3ConnectionError, "", os.strerror(lost.errno)
+        kind, cause = errors.S3ConnectionError, os.strerror(lost.errno)
+        hint = _HINTS[kind]
     else:
         kind, hint = _kind_of(exc)
         cause = str(exc) or type(exc).__name__

@@ -15,10 +15,11 @@ import asyncio
 import io
 import os
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from s3dcp._checksums import crcs_of
 from s3dcp._config import MiB
@@ -34,6 +35,8 @@ from s3dcp._ranges import cut, span_bytes, upload_part_bytes
 from s3dcp._s3client import copy
 from s3dcp._store import ObjectInfo
 from s3dcp._uploads import Upload
+
+T = TypeVar("T")
 
 _READ_BYTES = 8 * MiB
 
@@ -110,11 +113,11 @@ async def download(source: Bucket, target: Folder, cargo: Cargo, room: Room) -> 
                 raise _changed(part.file.uri) from exc
             part.file.checks.add(segments, crcs)
             await part.previous.wait()
-            await offload(part.file.write, view)
+            await _to_its_end(part.file.write, view)
             part.written.set()
             cargo.advance(view.nbytes)
             if part.end == part.file.size_bytes:
-                await offload(part.file.finish)
+                await _to_its_end(part.file.finish)
                 opened.discard(part.file)
 
     async def parts() -> AsyncGenerator[_Part]:
@@ -122,13 +125,13 @@ async def download(source: Bucket, target: Folder, cargo: Cargo, room: Room) -> 
         for info in cargo.files:
             uri = source.uri(info.key)
             downloads.pin(uri, info.etag)
-            file = await offload(_Incoming, target, info, uri, cargo.checks(info))
+            file = _Incoming(target, info, uri, cargo.checks(info))
             opened.add(file)
-            start = await offload(file.begin, cargo.resume)
+            start = await _to_its_end(file.begin, cargo.resume)
             resumed_bytes += start
             cargo.advance(start)
             if start == info.size_bytes:
-                await offload(file.finish)
+                await _to_its_end(file.finish)
                 opened.discard(file)
             written = asyncio.Event()
             written.set()
@@ -179,11 +182,12 @@ class _Incoming:
         self._target = target
         self._name = info.key
         self._partial = partial_of(target.file(info.key))
-        self._partial.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._partial.open("a+b", buffering=0)
+        self._opened = ExitStack()
 
     def begin(self, resume: bool) -> int:
-        """Return how many bytes are there already: none, unless it goes on where it ended."""
+        """Open it; return how many bytes are there: none, unless it goes on where it ended."""
+        self._partial.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._opened.enter_context(self._partial.open("a+b", buffering=0))
         size_bytes = os.fstat(self._file.fileno()).st_size
         if resume and size_bytes <= self.size_bytes and self._is_sound(size_bytes):
             return size_bytes
@@ -216,8 +220,18 @@ class _Incoming:
         self._target.publish(self._file, self._name)
 
     def close(self) -> None:
-        """Leave it as it is."""
-        self._file.close()
+        """Leave it as it is, if it was opened."""
+        self._opened.close()
+
+
+async def _to_its_end(function: Callable[..., T], *args: object) -> T:
+    """Run a function on a worker thread. If this is cancelled, its file is closed only then."""
+    running = asyncio.ensure_future(offload(function, *args))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 async def upload(source: Folder, target: Bucket, cargo: Cargo, room: Room) -> None:

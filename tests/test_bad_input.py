@@ -262,7 +262,7 @@ class TestArguments:
     def test_safetensors(self) -> None:
         place, chosen = Place("s3://bucket/run"), SerializationFormat.SAFETENSORS
         found = met_by(lambda: save(place, serialization_format=chosen))
-        check(found, S3ConfigError, "Hugging Face")
+        check(found, S3ConfigError, "HuggingFace")
 
     @pytest.mark.parametrize("count", [0, -1])
     def test_thread_count(self, count: int) -> None:

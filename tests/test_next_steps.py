@@ -176,7 +176,7 @@ CASES: list[tuple[type[errors.S3Exception], Callable[[FakeS3], object], str]] = 
     (errors.InvalidS3UriError, lambda _: load("s3:///run"), "write s3://BUCKET/PREFIX"),
     (errors.S3CredentialsError, no_credentials, "set AWS_ACCESS_KEY_ID"),
     (errors.S3CredentialsError, partial(refused, "ExpiredToken"), "renew the credentials"),
-    (errors.S3ConnectionError, cut_short, "and the network"),
+    (errors.S3ConnectionError, cut_short, "check the network"),
     (errors.S3ConnectionError, nobody_listens, "check the endpoint's address"),
     (errors.S3TimeoutError, silent, "raise the timeouts"),
     (errors.S3ProtocolError, another_range, "a proxy that changes answers"),

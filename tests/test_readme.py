@@ -48,6 +48,7 @@ _NOT_RUN = {"serve"}
 _ARGUMENTS = {
     *("overwrite", "region", "weights_only", "thread_count", "use_collectives", "no_dist"),
     *("reader_constructor", "s3client_config", "serialization_format", "keep", "dry_run"),
+    *("progress", "save_distributed", "enable_consolidation"),
     *("cache_staged_state_dict", "anon", "trusted_metadata", "storage_writer", "storage_reader"),
 }
 
@@ -219,8 +220,11 @@ class TestCommands:
                 cli.commands[command[1]].make_context(command[1], command[2:])  # or it raises
 
     @every_page
-    def test_commands_of_ours_run(self, page: Path) -> None:
+    def test_commands_of_ours_run(
+        self, page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         """On a run of three checkpoints; `serve` would not end."""
+        monkeypatch.chdir(tmp_path)
         with FakeS3() as fake, pytest.MonkeyPatch.context() as patch:
             for name, value in fake.environ().items():
                 patch.setenv(name, value)

@@ -59,7 +59,7 @@ class S3ClientConfig:
             again, whatever `max_attempts` allows. Against a store that makes no progress it fails
             `retry_timeout_s + connect_timeout_s + read_timeout_s` after its first attempt began,
             at the latest, however many requests wait; and with it the save or load, which then
-            takes 10 s at the most to tidy up. The default, 5 minutes, outlasts a store's short
+            takes 20 s at the most to tidy up. The default, 5 minutes, outlasts a store's short
             outage, and ends before the other ranks' collectives time out (10 minutes with NCCL),
             so that the error is S3's.
         max_connections: Connections of this process. Default: from `throughput_target_gbps`.

@@ -6,7 +6,9 @@ What is counted are bytes of items whose requests have ended well, so a retry ta
 from __future__ import annotations
 
 import logging
+import sys
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -142,8 +144,9 @@ def check_progress(progress: object) -> None:
 def _tqdm() -> tuple[Callable[..., Any], bool]:
     """Return tqdm's class for where this runs, and whether that is a notebook."""
     try:
-        from tqdm.asyncio import tqdm as plain
-        from tqdm.auto import tqdm
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a notebook without widgets: it gets a bar of text
+            from tqdm.auto import tqdm
     except ImportError as exc:
         raise S3ConfigError(
             'progress=True needs tqdm: pip install "s3dcp[cli]", or pass a callable as progress'
@@ -152,4 +155,9 @@ def _tqdm() -> tuple[Callable[..., Any], bool]:
     class Quiet(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
         monitor_interval = 0  # no thread that looks after bars
 
-    return Quiet, tqdm is not plain
+    return Quiet, _in_notebook()
+
+
+def _in_notebook() -> bool:
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and hasattr(ipython.get_ipython(), "kernel")

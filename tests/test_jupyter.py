@@ -12,7 +12,7 @@ from jupyter_client.manager import start_new_kernel
 from s3dcp.testing import FakeS3, Stall
 from tests._fakes import BUCKET, addressed, uri_of
 
-Cell = Callable[[str], str]
+Cell = Callable[..., str]
 
 _FIRST = f"""
 import torch, s3dcp, warnings
@@ -40,15 +40,15 @@ def kernel(server: FakeS3) -> Iterator[tuple[Any, Any]]:
 
 @pytest.fixture
 def cell(kernel: tuple[Any, Any]) -> Cell:
-    """Runs a cell, and returns what it printed; or "NameOfError: its text"."""
+    """Runs a cell, and returns what it showed; or "NameOfError: its text"."""
     _, client = kernel
 
-    def run(code: str) -> str:
+    def run(code: str, stream: str = "stdout") -> str:
         printed: list[str] = []
 
         def note(message: dict[str, Any]) -> None:
             content = message["content"]
-            if message["msg_type"] == "stream" and content["name"] == "stdout":
+            if message["msg_type"] == "stream" and content["name"] == stream:
                 printed.append(content["text"])
 
         reply = client.execute_interactive(code, timeout=60, output_hook=note)["content"]
@@ -60,7 +60,7 @@ def cell(kernel: tuple[Any, Any]) -> Cell:
 
 
 def test_cells_save_load_and_await(cell: Cell) -> None:
-    assert cell(_FIRST) == ""
+    assert not cell(_FIRST)
     assert cell("s3dcp.save(state, uri)\nprint(state['step'])") == "1"
     assert cell("await s3dcp.asave(state, uri)\nprint(s3dcp.latest(uri).uri == uri)") == "True"
     loaded = "blank = {'weights': torch.zeros(90_000), 'step': 0}\n{}\n"
@@ -68,6 +68,8 @@ def test_cells_save_load_and_await(cell: Cell) -> None:
     for call in ("s3dcp.load(blank, uri)", "await s3dcp.aload(blank, uri)"):
         assert cell(loaded.replace("{}\n", f"{call}\n") + compared) == "True 1"
     assert cell("s3dcp.async_save(state, uri).result()\nprint('saved')") == "saved"
+    bar = cell("s3dcp.save(state, uri, progress=True)", stream="stderr")
+    assert "100%" in bar  # of text, as there are no widgets
     missing = cell("s3dcp.load(blank, uri + '-none')")
     assert missing.startswith("CheckpointNotFoundError: No checkpoint at")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import logging
 import os
 import pty
@@ -36,7 +35,7 @@ from s3dcp import (
 )
 from s3dcp._keys import S3Uri
 from s3dcp._portal import portal
-from s3dcp._progress import Bar, Meter
+from s3dcp._progress import Meter
 from s3dcp._saving import SavedItems
 from s3dcp.testing import Cut, FakeS3, slow_down
 from tests._fakes import BUCKET, addressed, uri_of
@@ -365,22 +364,6 @@ class TestBar:
         s3dcp.save(state(), URI, progress=True)
         s3dcp.load(blank(state()), URI, progress=True)
         assert capfd.readouterr() == ("", "")
-
-    def test_in_a_notebook(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Whose output is no terminal: tqdm has a class for it."""
-        from tqdm import std
-
-        class Notebook(std.tqdm):  # type: ignore[type-arg]
-            pass
-
-        output = io.StringIO()
-        monkeypatch.setattr("tqdm.auto.tqdm", Notebook)
-        monkeypatch.setattr(sys, "stderr", output)
-        bar = Bar("step-1")
-        bar(1, 2)
-        bar(2, 2)
-        bar.close()
-        assert "step-1: 100%|" in output.getvalue()
 
     def test_a_name_cannot_steer_the_terminal(self, fake: FakeS3) -> None:
         with terminal() as shown:

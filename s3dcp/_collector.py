@@ -79,8 +79,8 @@ def _hold_back() -> None:
 
 
 def _let_go() -> None:
-    young, *older = gc.get_threshold()
-    if older == [_NEVER, _NEVER]:  # and not what someone has set meanwhile
+    young, middle, _ = gc.get_threshold()  # the last one is always 0 from Python 3.14 on
+    if middle == _NEVER:  # and not what someone has set meanwhile
         gc.set_threshold(young, *_thresholds[1:])
 
 

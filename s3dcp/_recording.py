@@ -82,7 +82,7 @@ class Recording:
         self._uri, self._rank = uri, rank or 0
         progress = self._audience.progress
         if progress is True:
-            if is_coordinator and _is_first():
+            if is_coordinator and not _rank():
                 name = uri.rstrip("/").rpartition("/")[2]
                 self._bar = Bar(repr(name)[1:-1])
                 self.meter.show(self._bar)
@@ -129,7 +129,7 @@ class Recording:
         return Report(
             operation=self._operation,
             uri=self._uri,
-            rank=self._rank or 0,
+            rank=_rank() if self._rank is None else self._rank,
             started_at=self._started_at,
             phases=dict(self._phases),
             item_bytes=self.meter.done_bytes,
@@ -138,6 +138,6 @@ class Recording:
         )
 
 
-def _is_first() -> bool:
-    """Return whether this process is the job's rank 0: groups have coordinators of their own."""
-    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+def _rank() -> int:
+    """Return this process's rank in the job; groups have ranks, and coordinators, of their own."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0

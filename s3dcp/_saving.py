@@ -13,7 +13,6 @@ import io
 import queue
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
@@ -181,17 +180,11 @@ class SavedItems:
         self._sent: queue.SimpleQueue[Call[list[int]]] = queue.SimpleQueue()
         self._files: list[_File] = []
 
-    def write(
-        self,
-        files: Sequence[tuple[S3Uri, str, Sequence[WriteItem]]],
-        *,
-        after: Call[Any] | None = None,
-    ) -> list[WriteResult]:
+    def write(self, files: Sequence[tuple[S3Uri, str, Sequence[WriteItem]]]) -> list[WriteResult]:
         """Write every file, and return a result for every item.
 
         Args:
             files: For each, its place, its name in the metadata, and its items.
-            after: What has to have succeeded before any data is sent.
 
         Raises:
             S3Exception: something could not be written. Nothing of this plan is left behind.
@@ -201,9 +194,6 @@ class SavedItems:
                 for uri, name, items in files:
                     self._open(uri, name, items)
                 self._meter.expect(sum(file.expected_bytes for file in self._files))
-                if after is not None:
-                    with self._pause.lifted():
-                        self._portal.wait(after)
                 for file, (_, _, items) in zip(self._files, files, strict=True):
                     for item in items:
                         self._add(file, item)
@@ -234,11 +224,8 @@ class SavedItems:
             self._channel.slots.count,
             most_bytes=self._budget_bytes // 2,
         )
-        upload = Upload(self._channel, uri)
-        if estimate > size:
-            self._calls.submit(upload.begin)
         expected = estimate + _FRAME_BYTES * len(items)
-        self._files.append(_File(name, upload, PartCutter(size), expected))
+        self._files.append(_File(name, Upload(self._channel, uri), PartCutter(size), expected))
 
     def _add(self, file: _File, write_item: WriteItem) -> None:
         data = self._planner.resolve_data(write_item)

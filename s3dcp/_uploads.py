@@ -62,10 +62,6 @@ class Upload:
         self._closed = True
         return crcs
 
-    async def begin(self) -> None:
-        """Ask for a multipart upload, for parts that are going to be sent; wait for nothing."""
-        self._started()
-
     async def send(self, number: int, body: Views) -> list[int]:
         """Send part `number` (from 1 on); return the item CRC of each view.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import time
 import uuid
 from collections.abc import Iterable
 from typing import Any
@@ -19,7 +20,6 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from s3dcp._calls import Call
 from s3dcp._commit import Found, data_name, deletions, metadata_name
 from s3dcp._config import S3ClientConfig
 from s3dcp._errors import (
@@ -31,7 +31,6 @@ from s3dcp._errors import (
 from s3dcp._filesystem import S3FileSystem
 from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
 from s3dcp._metadata import dump_metadata, load_metadata
-from s3dcp._portal import Calls
 from s3dcp._prefixes import DefaultPrefixStrategy, S3PrefixStrategyBase
 from s3dcp._progress import ProgressCallback
 from s3dcp._publish import already_exists, delete_quietly, exists, publish, read
@@ -43,12 +42,28 @@ from s3dcp._torch_internals import CURRENT_DCP_VERSION, _split_by_size_and_type,
 
 _log = logging.getLogger("s3dcp.writer")
 
+# A save that takes longer than this does not feel one request more.
+_RECENT_S = 5.0
+
 
 @dataclasses.dataclass
 class StorageMetadata:
     """What a save plan carries to its rank: the prefix of its data objects' names."""
 
     prefix: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Look:
+    """What was there when the save began: what the commit may replace."""
+
+    found: Found | None
+    at_s: float
+
+    @property
+    def is_recent(self) -> bool:
+        """Whether the commit may go by it: the older it is, the likelier another save's came."""
+        return time.monotonic() - self.at_s < _RECENT_S
 
 
 class S3StorageWriter(FileSystemWriter):
@@ -106,7 +121,7 @@ class S3StorageWriter(FileSystemWriter):
         self._is_coordinator = True
         self._audience = Audience(progress, on_report)
         self._staged: Recording | None = None
-        self._look: Call[Found | None] | None = None  # at what the commit may replace
+        self._look: _Look | None = None
         self.recording = self._new_recording()
 
     @property
@@ -139,9 +154,11 @@ class S3StorageWriter(FileSystemWriter):
         # The thread that will save may run while the interpreter exits, when no thread can be
         # started any more: the portal's are started now.
         self.fs.client.connect()
-        self._staged = self._new_recording()  # an earlier save may not have ended
-        with self._staged.during("stage"):
-            return super().stage(state_dict)
+        recording = self._new_recording()  # an earlier save may not have ended
+        with recording.during("stage"):
+            staged: dict[str, Any] = super().stage(state_dict)
+        self._staged = recording
+        return staged
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Look whether there is a checkpoint already, before anything is written.
@@ -158,9 +175,8 @@ class S3StorageWriter(FileSystemWriter):
         if self._is_coordinator or alone:
             uri = self._metadata_uri()
             portal, channel = self.fs.client.connect(self.recording.tally)
-            # If it may be replaced, what is there is not needed before the commit.
-            self._look = Calls(portal).submit(read, channel, uri)
-            if not self.overwrite and portal.wait(self._look) is not None:
+            self._look = _Look(portal.call(read, channel, uri), time.monotonic())
+            if not self.overwrite and self._look.found is not None:
                 raise already_exists(uri)
             if alone and self._exists(self._metadata_uri(alone=False)):
                 _log.warning(
@@ -211,9 +227,7 @@ class S3StorageWriter(FileSystemWriter):
             files.append((S3Uri(base.bucket, key), name, items))
         portal, channel = self.fs.client.connect(self.recording.tally)
         config, meter = self.fs.client.s3client_config, self.recording.meter
-        saved = SavedItems(portal, channel, config, planner, self.transforms, meter).write(
-            files, after=self._look
-        )
+        saved = SavedItems(portal, channel, config, planner, self.transforms, meter).write(files)
         # Objects without items are named as well: what is not named outlives its checkpoint.
         return saved + [
             WriteResult(MetadataIndex(name), 0, _StorageInfo(name, 0, 0))
@@ -253,7 +267,7 @@ class S3StorageWriter(FileSystemWriter):
             self._metadata_uri(),
             dump_metadata(metadata),
             overwrite=self.overwrite,
-            looks=[look.result()] if look is not None and look.done else [],
+            looks=[look.found] if look is not None and look.is_recent else [],
             objects=self._uris({info.relative_path for info in metadata.storage_data.values()}),
         )
 

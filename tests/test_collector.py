@@ -132,3 +132,16 @@ def test_a_fork_in_the_middle() -> None:
         assert gc.get_threshold() == HELD_BACK
     _, status = os.waitpid(child, 0)
     assert os.waitstatus_to_exitcode(status) == 7
+
+
+def test_it_is_let_go_where_the_last_threshold_is_always_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As from Python 3.14 on."""
+    usual, known = gc.get_threshold(), gc.get_threshold
+    monkeypatch.setattr(gc, "get_threshold", lambda: (*known()[:2], 0))
+    with CollectorPause():
+        assert known()[:2] == (usual[0], _NEVER)
+    assert known()[:2] == usual[:2]
+    monkeypatch.undo()
+    gc.set_threshold(*usual)

@@ -188,6 +188,27 @@ class TestOfDcp:
         assert list(writer.report.phases) == [*SAVED, "clean_up"]
         assert writer.report.totals.operations["DeleteObject"].requests == 1
 
+    @pytest.mark.parametrize(("recent_s", "looks"), [(5.0, 1), (0.0, 2)])
+    def test_the_commit_goes_by_a_recent_look_alone(
+        self, fake: FakeS3, monkeypatch: pytest.MonkeyPatch, recent_s: float, looks: int
+    ) -> None:
+        monkeypatch.setattr("s3dcp._writer._RECENT_S", recent_s)
+        writer = S3StorageWriter(None, URI, CONFIG)
+        dcp.save(state(), storage_writer=writer, no_dist=True)
+        assert writer.report.totals.operations["GetObject"].requests == looks
+
+    def test_a_save_after_one_that_could_not_be_staged(
+        self, fake: FakeS3, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        reports: list[Report] = []
+        writer = S3StorageWriter(None, URI, CONFIG, on_report=reports.append)
+        with monkeypatch.context() as patch:
+            patch.setattr("torch.distributed.checkpoint.filesystem.FileSystemWriter.stage", _full)
+            with pytest.raises(MemoryError):
+                writer.stage(state())
+        dcp.save(state(), storage_writer=writer, no_dist=True)
+        assert [report.error for report in reports] == ["MemoryError", None]
+
     def test_one_line_is_logged(self, fake: FakeS3, caplog: pytest.LogCaptureFixture) -> None:
         with caplog.at_level(logging.INFO, "s3dcp"):
             writer = S3StorageWriter(None, URI, CONFIG)
@@ -351,3 +372,7 @@ def test_every_rank_has_its_own(ranks2: RankPool, bucket: str) -> None:
     assert theirs.item_bytes > 4000
     # A rank that did its part hears of the other's failure before it could commit.
     assert [report.error for report in first_badly + second_badly] == ["ValueError", "ValueError"]
+
+
+def _full(*_: object) -> None:
+    raise MemoryError

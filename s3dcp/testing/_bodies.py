@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping
@@ -16,7 +17,10 @@ from s3dcp.testing._http import MalformedRequestError
 from s3dcp.testing._requests import S3Error
 
 _HUGE_BYTES = 2 << 20
-_MAX_IDLE_BYTES = 1 << 30
+# Of a machine's memory, what may lie idle; and of memory that is used again, what may be too much:
+# small bodies must not take what larger ones will need.
+_MAX_IDLE_SHARE = 1 / 8
+_MAX_SPARE_SHARE = 1 / 4
 
 
 class Source(Protocol):
@@ -60,6 +64,7 @@ class Memory:
 
     def __init__(self) -> None:
         self._idle: dict[int, list[mmap.mmap]] = defaultdict(list)
+        self._max_idle_bytes = 0.0
 
     def take(self, size_bytes: int) -> memoryview:
         """Return memory of that size, with anything in it."""
@@ -68,6 +73,8 @@ class Memory:
         whole = -(-size_bytes // _HUGE_BYTES) * _HUGE_BYTES
         memory = self._used_before(whole)
         if memory is None:
+            installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+            self._max_idle_bytes = installed * _MAX_IDLE_SHARE
             memory = mmap.mmap(-1, whole, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             memory.madvise(mmap.MADV_HUGEPAGE)
         # All views, slices of slices too, hold on to this array, and nothing else does.
@@ -77,7 +84,7 @@ class Memory:
 
     def _used_before(self, size_bytes: int) -> mmap.mmap | None:
         for size in sorted(self._idle):
-            if size >= size_bytes:
+            if size_bytes <= size <= size_bytes * (1 + _MAX_SPARE_SHARE):
                 with suppress(IndexError):
                     return self._idle[size].pop()
         return None
@@ -85,7 +92,7 @@ class Memory:
     def _give_back(self, memory: mmap.mmap) -> None:
         # Called on whichever thread lets go of the last view.
         idle_bytes = sum(size * len(idle) for size, idle in list(self._idle.items()))
-        if idle_bytes + len(memory) <= _MAX_IDLE_BYTES:
+        if idle_bytes + len(memory) <= self._max_idle_bytes:
             self._idle[len(memory)].append(memory)
 
 

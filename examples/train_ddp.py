@@ -7,7 +7,6 @@ Every rank holds all tensors; one writes each. Rank 0 prints one JSON line an ev
 """
 
 import argparse
-import json
 from concurrent.futures import Future
 from typing import Any
 
@@ -15,38 +14,14 @@ import torch
 import torch.distributed as dist
 from digest import state_sha256
 from gpt import GPT, batch, stdlib_text
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.checkpoint.stateful import Stateful
 from torch.nn.parallel import DistributedDataParallel
+from training import Training, log
 
 import s3dcp
 
 # Path style suits a local endpoint (AWS_ENDPOINT_URL); on AWS the defaults do.
 S3_CONFIG = s3dcp.S3ClientConfig(force_path_style=True)
 SEED = 0
-
-
-class Training(Stateful):
-    """All that a resumed run needs; DCP calls the two methods when it saves and loads."""
-
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.optimizer, self.step = model, optimizer, 0
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state under the names of the model itself, without DDP's `module.`."""
-        model, optim = get_state_dict(self.model, self.optimizer)
-        return {"model": model, "optim": optim, "step": self.step}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over what DCP has read."""
-        model, optim, self.step = (state_dict[name] for name in ("model", "optim", "step"))
-        set_state_dict(self.model, self.optimizer, model_state_dict=model, optim_state_dict=optim)
-
-
-def log(event: str, **fields: Any) -> None:
-    """Print one JSON line, from rank 0."""
-    if dist.get_rank() == 0:
-        print(json.dumps({"event": event, **fields}), flush=True)
 
 
 def resume(training: Training, uri: str) -> None:
@@ -72,9 +47,9 @@ class Saves:
         """Copy the state, and save the copy while the training goes on."""
         self.finish()
         uri, state = f"{self.uri}/step-{training.step}", {"training": training}
-        saving = s3dcp.async_save(state, uri, process_group=self.group, s3client_config=S3_CONFIG)
-        assert isinstance(saving, Future)  # not two, as with an `async_stager` of one's own
-        self.saving = saving
+        self.saving = s3dcp.async_save(
+            state, uri, process_group=self.group, s3client_config=S3_CONFIG
+        )
         log("save", uri=uri, sha256=state_sha256(training.model, training.optimizer))
 
     def finish(self) -> None:

@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -170,6 +170,48 @@ def load(
         )
 
 
+@overload
+def async_save(
+    state_dict: dict[str, Any],
+    uri: str | os.PathLike[str],
+    *,
+    planner: SavePlanner | None = ...,
+    process_group: dist.ProcessGroup | None = ...,
+    async_checkpointer_type: AsyncCheckpointerType = ...,
+    async_stager: None = ...,
+    no_dist: bool = ...,
+    use_collectives: bool = ...,
+    region: str | None = ...,
+    s3client_config: S3ClientConfig | None = ...,
+    prefix_strategy: S3PrefixStrategyBase | None = ...,
+    thread_count: int = ...,
+    overwrite: bool = ...,
+    progress: bool | ProgressCallback = ...,
+    on_report: ReportCallback | None = ...,
+) -> Future[Metadata]: ...
+
+
+@overload
+def async_save(
+    state_dict: dict[str, Any],
+    uri: str | os.PathLike[str],
+    *,
+    planner: SavePlanner | None = ...,
+    process_group: dist.ProcessGroup | None = ...,
+    async_checkpointer_type: AsyncCheckpointerType = ...,
+    async_stager: AsyncStager,
+    no_dist: bool = ...,
+    use_collectives: bool = ...,
+    region: str | None = ...,
+    s3client_config: S3ClientConfig | None = ...,
+    prefix_strategy: S3PrefixStrategyBase | None = ...,
+    thread_count: int = ...,
+    overwrite: bool = ...,
+    progress: bool | ProgressCallback = ...,
+    on_report: ReportCallback | None = ...,
+) -> Future[Metadata] | AsyncSaveResponse: ...
+
+
 def async_save(
     state_dict: dict[str, Any],
     uri: str | os.PathLike[str],
@@ -187,7 +229,7 @@ def async_save(
     overwrite: bool = True,
     progress: bool | ProgressCallback = False,
     on_report: ReportCallback | None = None,
-) -> Future[Any] | AsyncSaveResponse:
+) -> Future[Metadata] | AsyncSaveResponse:
     """Copy a state dict, and save the copy to S3 while the caller goes on.
 
     Args:
@@ -227,7 +269,7 @@ def async_save(
     )
     _expect_no_group(no_dist=no_dist)
     with _unwrapped(writer):
-        response: Future[Any] | AsyncSaveResponse = dcp.async_save(
+        response: Future[Metadata] | AsyncSaveResponse = dcp.async_save(
             state_dict,
             storage_writer=writer,
             planner=planner,

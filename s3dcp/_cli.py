@@ -233,7 +233,13 @@ def abort_uploads(uri: str, store: dict[str, Any], *, grace_s: float, really: bo
 
 
 @cli.command()
-@click.option("--port", type=int, default=9000, show_default=True, help="0 for a free one.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=9000,
+    show_default=True,
+    help="0 for a free one.",
+)
 @click.option("--bucket", "buckets", multiple=True, default=["trial"], show_default=True)
 def serve(port: int, buckets: Sequence[str]) -> None:
     """Serve S3 from memory, to try things out."""

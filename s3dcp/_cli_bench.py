@@ -74,11 +74,15 @@ def bench(
             progress=bar.advance,
         )
     summaries = summaries_of(trials)
-    if draw:
-        draw(summaries)
     if as_json:
         print_json([_trial_as_dict(trial) for trial in trials])
-        return
+    else:
+        _print(summaries)
+    if draw:  # last: what was measured is not lost if it fails
+        draw(summaries)
+
+
+def _print(summaries: Sequence[Summary]) -> None:
     print_table(
         (
             *(
@@ -94,7 +98,7 @@ def bench(
         ),
         [_summary_row(summary) for summary in summaries],
     )
-    if len(settings) > 1:
+    if len({(each.first.connections, each.first.part_bytes) for each in summaries}) > 1:
         for operation in ("save", "load"):
             best = fastest(summaries, operation)
             click.echo(f"Of these, the fastest {operation} was with {setting_of(best.first)}")

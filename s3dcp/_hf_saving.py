@@ -21,7 +21,7 @@ from s3dcp._hf_index import (
     VERSION,
     VERSION_KEY,
 )
-from s3dcp._keys import S3Uri
+from s3dcp._keys import S3Uri, join
 from s3dcp._safetensors import Header, bare_frame, make_header
 from s3dcp._saving import _COPIED_BYTES, SavedItems, _block, _Charge, _File, _Piece
 from s3dcp._staging import is_host
@@ -100,7 +100,7 @@ class SafetensorsItems(SavedItems):
             S3Exception: something could not be written. Nothing of this plan is left behind.
         """
         self._planned = {file.name: file for file in files}
-        uris = [S3Uri(base.bucket, f"{base.key}/{file.name}".lstrip("/")) for file in files]
+        uris = [S3Uri(base.bucket, join(base.key, file.name)) for file in files]
         return self.write(
             [(uri, file.name, file.items) for uri, file in zip(uris, files, strict=True)]
         )

@@ -130,6 +130,12 @@ class _Runner:
         self.kill_left()
 
 
+def test_each_is_short() -> None:
+    for path in _EXAMPLES.glob("*.py"):
+        if path.name != "demo.py":  # `make demo`, which is more than an example
+            assert len(path.read_text("utf-8").splitlines()) < 120, path.name
+
+
 def _of(events: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [event for event in events if event["event"] == kind]
 

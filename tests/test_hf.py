@@ -146,6 +146,17 @@ class TestRoundTrips:
         assert names(fake, "ck") == [MANIFEST, *(f"shard-00001-{name}" for name in FILES)]
         assert_same(load(STATE, "ck"), STATE)
 
+    @pytest.mark.parametrize(
+        ("saved", "loaded"), [("ck", "ck/"), ("ck/", "ck"), ("a/ck/", "a/ck/")]
+    )
+    def test_a_slash_at_the_end_is_no_other_place(
+        self, fake: FakeS3, saved: str, loaded: str
+    ) -> None:
+        save(STATE, loaded)
+        save(STATE, saved)
+        assert_same(load(STATE, loaded), STATE)
+        assert not any("//" in key for key in fake.keys(BUCKET))
+
     def test_it_is_at_the_root_of_a_bucket(self, fake: FakeS3) -> None:
         save(STATE, "")
         assert set(fake.keys(BUCKET)) == {"model-00001-of-00001.safetensors", INDEX}

@@ -249,7 +249,7 @@ class TestCallback:
 
     def test_of_an_async_save(self, fake: FakeS3) -> None:
         told = Told()
-        s3dcp.async_save(state(), URI, progress=told).result()  # type: ignore[union-attr]
+        s3dcp.async_save(state(), URI, progress=told).result()
         told.check(stored_bytes(fake))
         assert threading.current_thread() not in told.threads
 

@@ -275,9 +275,7 @@ class TestOfOneCall:
         reports: list[Report] = []
         s3dcp.save(state(), URI, on_report=reports.append)
         s3dcp.load(blank(state()), URI, on_report=reports.append)
-        s3dcp.async_save(  # type: ignore[union-attr]
-            state(), URI, on_report=reports.append
-        ).result()
+        s3dcp.async_save(state(), URI, on_report=reports.append).result()
 
         async def main() -> None:
             await s3dcp.asave(state(), URI, on_report=reports.append)

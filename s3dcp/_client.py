@@ -87,6 +87,11 @@ class S3Store:
         except Exception as exc:
             raise setup_error(exc) from exc
 
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether requests go over TLS; once opened."""
+        return urlsplit(self._client.meta.endpoint_url).scheme == "https"
+
     async def close(self) -> None:
         """Close the connections."""
         async with self._opening:

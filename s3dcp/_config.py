@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, get_args
 
 from s3dcp._errors import S3ConfigError
-from s3dcp._node import local_world_size
+from s3dcp._node import local_cores, local_world_size
 
 MiB = 1 << 20
 
@@ -18,6 +19,10 @@ EncryptionName = Literal["AES256", "aws:kms", "aws:kms:dsse"]
 # 60 are seen, and a third of a request's time may pass before its first byte. Too many connections
 # cost little, too few cost the link.
 _CONNECTION_BYTES_PER_S = 25_000_000
+# What one loop thread moves over TLS, at most: its core is busy with ciphers then. With more than a
+# few threads, they would wait for the GIL instead.
+_TLS_LOOP_BYTES_PER_S = 1_250_000_000
+_MAX_LOOPS = 4
 _NODE_MEMORY_BYTES = 512 * MiB
 _MAX_MEMORY_BYTES = 64 * MiB
 _MIN_MEMORY_BYTES = 16 * MiB
@@ -31,7 +36,8 @@ class S3ClientConfig:
 
     Args:
         throughput_target_gbps: The link's speed in gigabits per second, for a whole node; the
-            number of connections follows from it.
+            number of connections follows from it, and over TLS that of loop threads: one for each
+            10 of a rank's share, four at the most, and at most half of its share of the cores.
         part_size: Least bytes per part of an upload and per request of a download; the engine may
             go larger. What S3 refuses (under 5 MiB, over 5 GiB) is an error at the first
             multipart upload.
@@ -141,9 +147,16 @@ class S3ClientConfig:
         """Connections that this process may hold open."""
         if self.max_connections is not None:
             return self.max_connections
-        bytes_per_s = self.throughput_target_gbps * 1e9 / 8 / local_world_size()
-        wanted = round(bytes_per_s / _CONNECTION_BYTES_PER_S)
+        wanted = round(self._target_bytes_per_s() / _CONNECTION_BYTES_PER_S)
         return max(_MIN_CONNECTIONS, min(wanted, _MAX_CONNECTIONS))
+
+    def loops(self) -> int:
+        """Event loops, each on a thread, that this process may spread TLS over."""
+        wanted = math.ceil(self._target_bytes_per_s() / _TLS_LOOP_BYTES_PER_S)
+        return max(1, min(wanted, _MAX_LOOPS, local_cores() // 2))
+
+    def _target_bytes_per_s(self) -> float:
+        return self.throughput_target_gbps * 1e9 / 8 / local_world_size()
 
     def memory_bytes(self) -> int:
         """Bytes of host memory for buffers of this process."""

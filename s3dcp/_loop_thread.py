@@ -13,7 +13,7 @@ from typing import Any
 
 from s3dcp._calls import GRACE_S
 from s3dcp._errors import PortalError
-from s3dcp._node import local_world_size
+from s3dcp._node import local_cores
 from s3dcp._workers import Workers
 
 _log = logging.getLogger("s3dcp.portal")
@@ -25,7 +25,7 @@ _MAX_WORKERS = 4
 
 def worker_count() -> int:
     """Return this rank's share of the node's cores, of which it needs no more than a few."""
-    return max(1, min(_MAX_WORKERS, (os.cpu_count() or 1) // local_world_size()))
+    return min(_MAX_WORKERS, local_cores())
 
 
 def new_event_loop() -> asyncio.AbstractEventLoop:

@@ -11,3 +11,8 @@ def local_world_size() -> int:
         return max(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), 1)
     except ValueError:
         return 1
+
+
+def local_cores() -> int:
+    """Return this rank's share of the node's cores; at least 1."""
+    return max(1, (os.cpu_count() or 1) // local_world_size())

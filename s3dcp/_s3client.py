@@ -246,8 +246,8 @@ async def _channel(here: Portal, region: str | None, config: S3ClientConfig) -> 
             # botocore takes most of a second to import, which the loop must not spend. What is
             # imported makes the collector walk all objects, which no other loop may wait for.
             with CollectorPause():
-                client = await offload(import_module, "s3dcp._client")
-                store = client.S3Store(region, config)
+                module = await offload(import_module, "s3dcp._spread")
+                store = module.SpreadStore(region, config, here)
                 await store.open()
             here.at_close(store.close)
             pools.channels[key] = Channel(

@@ -194,6 +194,26 @@ class TestShares:
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
         assert S3ClientConfig(throughput_target_gbps=gbps).connections() == connections
 
+    @pytest.mark.parametrize(
+        ("gbps", "ranks", "cores", "loops"),
+        [
+            (10.0, "1", 16, 1),  # the default: one core is enough
+            (10.1, "1", 16, 2),
+            (25.0, "1", 16, 3),
+            (100.0, "1", 16, 4),  # never more
+            (100.0, "4", 16, 2),  # half of a rank's cores
+            (400.0, "8", 192, 4),
+            (100.0, "1", 2, 1),
+            (100.0, "1", None, 1),
+        ],
+    )
+    def test_loops_follow_the_link_and_the_cores(
+        self, monkeypatch: pytest.MonkeyPatch, gbps: float, ranks: str, cores: int, loops: int
+    ) -> None:
+        monkeypatch.setattr(os, "cpu_count", lambda: cores)
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+        assert S3ClientConfig(throughput_target_gbps=gbps).loops() == loops
+
     @pytest.mark.parametrize(("cores", "workers"), [(None, 1), (1, 1), (2, 2), (96, 4)])
     def test_workers_follow_the_cores(
         self, monkeypatch: pytest.MonkeyPatch, cores: int | None, workers: int

@@ -19,7 +19,7 @@ ROWS = {
     "values": ["_config", "_keys", "_store"],
     "pure": ["_checksums", "_ranges", "_boxes", "_commit", "_inventory", "_opcodes"],
     "engine": ["_pacing", "_tally", "_flow", "_uploads", "_downloads", "_publish"],
-    "transport": ["_receive", "_sockets", "_turns", "_payload", "_failures", "_client"],
+    "transport": ["_receive", "_sockets", "_turns", "_payload", "_failures", "_client", "_spread"],
     "tensors": [
         *("_torch_internals", "_metadata", "_framing", "_layouts", "_staging"),
         *("_safetensors", "_hf_index"),

@@ -90,7 +90,7 @@ class S3Store:
     @property
     def is_encrypted(self) -> bool:
         """Whether requests go over TLS; once opened."""
-        return urlsplit(self._client.meta.endpoint_url).scheme == "https"
+        return bool(urlsplit(self._client.meta.endpoint_url).scheme == "https")
 
     async def close(self) -> None:
         """Close the connections."""

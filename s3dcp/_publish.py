@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 
 from s3dcp._commit import Attempts, Found, Step, after_failure, next_step
@@ -24,6 +25,26 @@ _log = logging.getLogger("s3dcp.commits")
 
 _RANGE_NOT_SATISFIABLE = 416
 
+# A save that takes longer than this does not feel one request more.
+_RECENT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What was at the commit's key, and when: what the commit may replace.
+
+    Args:
+        found: What was read.
+        at_s: The channel's clock when it was asked for, in seconds.
+    """
+
+    found: Found | None
+    at_s: float
+
+    def is_recent(self, now_s: float) -> bool:
+        """Whether a commit may go by it: the older it is, the likelier another save's came."""
+        return now_s - self.at_s < _RECENT_S
+
 
 async def exists(channel: Channel, uri: S3Uri) -> bool:
     """Return whether an object is there.
@@ -32,11 +53,11 @@ async def exists(channel: Channel, uri: S3Uri) -> bool:
     not exist is not taken for a key that does not.
     """
 
-    async def look() -> None:
+    async def ask() -> None:
         await channel.store.get_range(uri, 0, Scatter([memoryview(bytearray(1))]))
 
     try:
-        await channel.request("GetObject", uri, look)
+        await channel.request("GetObject", uri, ask)
     except ObjectNotFoundError:
         return False
     except S3ServiceError as exc:
@@ -55,13 +76,19 @@ async def read(channel: Channel, uri: S3Uri) -> Found | None:
     return Found(body, info.etag)
 
 
+async def look(channel: Channel, uri: S3Uri) -> Look:
+    """Read what is at the key of a commit to come."""
+    at_s = channel.retry.clock()
+    return Look(await read(channel, uri), at_s)
+
+
 async def publish(
     channel: Channel,
     uri: S3Uri,
     body: bytes,
     *,
     overwrite: bool,
-    looks: Sequence[Found | None] = (),
+    before: Look | None = None,
     objects: Sequence[S3Uri] = (),
 ) -> Found | None:
     """Put `body` at `uri` as the whole commit, and return what it replaced.
@@ -71,7 +98,7 @@ async def publish(
         uri: The key of `.metadata`.
         body: Its bytes, unlike any other save's.
         overwrite: Whether a checkpoint that is there may be replaced.
-        looks: What was there when the save began, if that is known.
+        before: What was there when the save began. Where it is recent, it spares a request.
         objects: What only `body` refers to: deleted if it is certain not to be published.
 
     Raises:
@@ -89,11 +116,9 @@ async def publish(
     ended = False
     guarded = True  # whether every attempt had a condition
     started_s = channel.retry.clock()
-    # An old look will do if a condition holds the PUT to it, or anything may be replaced: without
-    # conditions, a checkpoint that came since then loses its place, and its objects are left.
-    known_looks = list(looks) if overwrite or channel.store.conditional_writes else []
     while True:
-        found = known_looks.pop() if known_looks else await _read_back(channel, uri, attempts)
+        found = await _found(channel, uri, attempts, before)
+        before = None
         step, condition = next_step(attempts, found)
         if step is Step.EXISTS:
             await delete_quietly(channel, objects)
@@ -136,7 +161,14 @@ async def publish(
     return replaced
 
 
-async def _read_back(channel: Channel, uri: S3Uri, attempts: Attempts) -> Found | None:
+async def _found(
+    channel: Channel, uri: S3Uri, attempts: Attempts, before: Look | None
+) -> Found | None:
+    # A look will do if a condition holds the PUT to it, or anything may be replaced: without
+    # conditions, a checkpoint that came since then loses its place, and its objects are left.
+    will_do = attempts.overwrite or channel.store.conditional_writes
+    if before is not None and will_do and before.is_recent(channel.retry.clock()):
+        return before.found
     try:
         return await read(channel, uri)
     except S3Exception as exc:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import time
 import uuid
 from collections.abc import Iterable
 from typing import Any
@@ -33,7 +32,7 @@ from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
 from s3dcp._metadata import dump_metadata, load_metadata
 from s3dcp._prefixes import DefaultPrefixStrategy, S3PrefixStrategyBase
 from s3dcp._progress import ProgressCallback
-from s3dcp._publish import already_exists, delete_quietly, exists, publish, read
+from s3dcp._publish import Look, already_exists, delete_quietly, exists, look, publish
 from s3dcp._recording import Audience, Recording, ReportCallback
 from s3dcp._report import Report
 from s3dcp._saving import SavedItems
@@ -42,28 +41,12 @@ from s3dcp._torch_internals import CURRENT_DCP_VERSION, _split_by_size_and_type,
 
 _log = logging.getLogger("s3dcp.writer")
 
-# A save that takes longer than this does not feel one request more.
-_RECENT_S = 5.0
-
 
 @dataclasses.dataclass
 class StorageMetadata:
     """What a save plan carries to its rank: the prefix of its data objects' names."""
 
     prefix: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Look:
-    """What was there when the save began: what the commit may replace."""
-
-    found: Found | None
-    at_s: float
-
-    @property
-    def is_recent(self) -> bool:
-        """Whether the commit may go by it: the older it is, the likelier another save's came."""
-        return time.monotonic() - self.at_s < _RECENT_S
 
 
 class S3StorageWriter(FileSystemWriter):
@@ -121,7 +104,7 @@ class S3StorageWriter(FileSystemWriter):
         self._is_coordinator = True
         self._audience = Audience(progress, on_report)
         self._staged: Recording | None = None
-        self._look: _Look | None = None
+        self._look: Look | None = None
         self.recording = self._new_recording()
 
     @property
@@ -175,7 +158,7 @@ class S3StorageWriter(FileSystemWriter):
         if self._is_coordinator or alone:
             uri = self._metadata_uri()
             portal, channel = self.fs.client.connect(self.recording.tally)
-            self._look = _Look(portal.call(read, channel, uri), time.monotonic())
+            self._look = portal.call(look, channel, uri)
             if not self.overwrite and self._look.found is not None:
                 raise already_exists(uri)
             if alone and self._exists(self._metadata_uri(alone=False)):
@@ -260,14 +243,14 @@ class S3StorageWriter(FileSystemWriter):
         metadata.storage_meta = self.storage_meta()
         check_complete(metadata)
         portal, channel = self.fs.client.connect(self.recording.tally)
-        look, self._look = self._look, None
+        before, self._look = self._look, None
         return portal.call(
             publish,
             channel,
             self._metadata_uri(),
             dump_metadata(metadata),
             overwrite=self.overwrite,
-            looks=[look.found] if look is not None and look.is_recent else [],
+            before=before,
             objects=self._uris({info.relative_path for info in metadata.storage_data.values()}),
         )
 

@@ -192,7 +192,7 @@ class TestOfDcp:
     def test_the_commit_goes_by_a_recent_look_alone(
         self, fake: FakeS3, monkeypatch: pytest.MonkeyPatch, recent_s: float, looks: int
     ) -> None:
-        monkeypatch.setattr("s3dcp._writer._RECENT_S", recent_s)
+        monkeypatch.setattr("s3dcp._publish._RECENT_S", recent_s)
         writer = S3StorageWriter(None, URI, CONFIG)
         dcp.save(state(), storage_writer=writer, no_dist=True)
         assert writer.report.totals.operations["GetObject"].requests == looks

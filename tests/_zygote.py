@@ -12,6 +12,7 @@ import os
 import warnings
 
 import torch
+import torch._dynamo  # the first DTensor would
 import torch.distributed.checkpoint as dcp
 
 from s3dcp import S3StorageWriter

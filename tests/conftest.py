@@ -39,15 +39,25 @@ hypothesis.settings.load_profile("shared")
 
 _SERVERS = {"rclone", "moto", "s3"}
 _RANKS = {"ranks", "ranks1", "ranks2", "ranks4"}
+_SLOW_TO_START = {"moto", "outcomes", "zygote"}
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests on ranks on one worker: every worker that has one starts its own ranks."""
+    """Keep tests together on one worker where every worker that has one starts its own server."""
     for item in items:
-        if _RANKS.intersection(_asked(item)):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
+        if group := _group(item):
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _group(item: pytest.Item) -> str | None:
+    asked = _asked(item)
+    if asked & _RANKS:
+        return "ranks"
+    if "s3" in asked:
+        asked.add(item.callspec.params["s3"])  # type: ignore[attr-defined]
+    return min(asked & _SLOW_TO_START, default=None)
 
 
 def _asked(node: pytest.Item) -> set[str]:

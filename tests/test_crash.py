@@ -23,6 +23,7 @@ from tests._servers import Server, empty_bucket, use
 from tests._states import assert_same
 
 pytestmark = [
+    pytest.mark.xdist_group("ranks"),  # which start the same fork server
     # torch says so of every save and load without a process group, `no_dist=True` or not.
     pytest.mark.filterwarnings("ignore:torch.distributed is :UserWarning"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork"),

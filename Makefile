@@ -10,9 +10,8 @@ SOURCES := s3dcp tests examples benchmarks
 # The pin lives in pyproject.toml, once.
 TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
-# The examples' tests have a target of their own, so that `check` runs them once, and one by one:
-# some look at the clock.
-EXAMPLES := tests/test_examples.py tests/test_serve_model.py
+# Looks at the clock, and is run when nothing else is.
+ALONE := tests/test_serve_model.py
 
 SOAK_SECONDS ?= 600
 
@@ -42,10 +41,11 @@ types: install ## Check types, strictly
 	$(BIN)/mypy
 
 tests: install ## Run the tests, two processes at a time
-	$(BIN)/pytest -n 2 --dist loadgroup $(addprefix --ignore=,$(EXAMPLES))
+	$(BIN)/pytest -n 2 --dist loadgroup --ignore=$(ALONE)
+	$(BIN)/pytest $(ALONE)
 
-examples: install ## Run the examples' tests
-	$(if $(wildcard $(EXAMPLES)),$(BIN)/pytest $(EXAMPLES))
+examples: install ## Run the examples' tests alone
+	$(BIN)/pytest tests/test_examples.py $(ALONE)
 
 # For each fuzzer; five times as many for those that make no request.
 FUZZ_EXAMPLES ?= 10000
@@ -56,7 +56,7 @@ fuzz: install ## Fuzz the parsers at length; FUZZ_EXAMPLES says how long
 bench: install ## Measure s3dcp beside its peers, and write benchmarks/README.md
 	$(BIN)/python -m benchmarks
 
-check: lint types tests examples ## Run every check
+check: lint types tests ## Run every check
 
 test: install check ## Install, then run every check: what CI runs
 

@@ -16,13 +16,12 @@ from torch.distributed.checkpoint.metadata import (
 
 from s3dcp._metadata import dump_metadata
 from s3dcp._torch_internals import _StorageInfo
+from tests._fakes import BUCKET
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from s3dcp.testing import FakeS3
-
-BUCKET = "bkt"
 
 
 def days_ago(days: float) -> datetime:

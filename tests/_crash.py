@@ -5,13 +5,12 @@ of its body is, or when it has taken effect; the bytes that the dead process has
 are lost. rclone cannot be told to, so there the process ends itself: before it sends the request,
 having sent half of the body, or once the answer is there.
 
-Processes are forked from a fork server that has made a save before (`tests._zygote`), and report
+Processes are forked from the fork server, which has made a save before, and report
 each request over a pipe just before they send it.
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 import socket
@@ -35,6 +34,7 @@ from aiobotocore.session import AioSession
 
 from s3dcp import S3ClientConfig, S3StorageWriter, _client
 from s3dcp.testing import Record
+from tests._forked import fork_server
 from tests._states import KiB, MiB, StateDict, fill
 
 if TYPE_CHECKING:
@@ -167,8 +167,7 @@ class Process:
     def start(self, target: Target, kill: Kill | None, rendezvous: str | None = None) -> None:
         """Begin to save."""
         own = target.killing(self, kill) if kill else None
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["__main__", "tests._zygote", "tests._crash"])
+        context = fork_server()
         self._reports, theirs = context.Pipe(duplex=False)
         # The user agent names it, so that a server can tell whose requests it gets.
         environ = os.environ | target.environ() | {"AWS_SDK_UA_APP_ID": self.name}

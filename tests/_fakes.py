@@ -18,6 +18,7 @@ from s3dcp._checksums import crc_of
 from s3dcp._flow import RetryPolicy
 from s3dcp._metadata import crcs_of, load_metadata
 from s3dcp.testing import Exchange, FakeS3, Fault
+from tests._servers import use
 from tests._states import StateDict, assert_same, blank
 
 if TYPE_CHECKING:
@@ -31,8 +32,7 @@ METADATA = ".metadata"
 def addressed(server: FakeS3) -> Iterator[FakeS3]:
     """Point this process at a server whose bucket is empty, and let retries follow at once."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in server.environ().items():
-            patch.setenv(name, value)
+        use(server, patch)
         patch.setattr(s3dcp._s3client, "RetryPolicy", partial(RetryPolicy, jitter=lambda: 0.0))
         server.create_bucket(BUCKET)
         try:

@@ -1,9 +1,9 @@
 """Functions on N gloo ranks, in processes that live on.
 
-Every new rank costs an import of torch, about 2 s. So a RankPool keeps its processes and their
-process group, and sends them one module-level function after another: scenarios at 1, 2 and 4
-ranks cost what they do. A pool whose ranks may be out of step (one raised, or did not come back)
-is thrown away, and the next call starts another.
+Ranks are forked from the fork server, which has imported torch. And a RankPool keeps its processes
+and their process group, and sends them one module-level function after another: scenarios at 1, 2
+and 4 ranks cost what they do. A pool whose ranks may be out of step (one raised, or did not come
+back) is thrown away, and the next call starts another.
 
 On the wire: the parent sends `(function, args, environ, timeout_s)`, a rank answers
 `(result, None)` or `(None, traceback)`, all as plain pickles (multiprocessing's own pickling would
@@ -14,7 +14,6 @@ of the rank, so that none outlives its pool.
 from __future__ import annotations
 
 import faulthandler
-import multiprocessing
 import os
 import pickle
 import sys
@@ -28,10 +27,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar
 
+from tests._forked import fork_server
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from multiprocessing.connection import Connection
-    from multiprocessing.context import SpawnProcess
+    from multiprocessing.context import ForkServerProcess
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -111,7 +112,7 @@ class RankPool:
 
     def _start(self) -> None:
         self._folder = TemporaryDirectory(prefix="s3dcp-ranks-")
-        context = multiprocessing.get_context("spawn")
+        context = fork_server()
         for number in range(self.world_size):
             ours, theirs = context.Pipe()
             dump = Path(self._folder.name) / f"stacks-{number}"
@@ -174,7 +175,7 @@ class RankPool:
 
 @dataclass(frozen=True, slots=True)
 class _Rank:
-    process: SpawnProcess
+    process: ForkServerProcess
     connection: Connection[bytes, bytes]
     dump: Path
 

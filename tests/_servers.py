@@ -26,7 +26,7 @@ import secrets
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import boto3
 from botocore.config import Config
@@ -37,7 +37,22 @@ from s3dcp.testing._process import ServerProcess
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import pytest
+
 _MOTO_LISTENING = re.compile(r"Running on http://127\.0\.0\.1:(\d+)")
+
+
+class Addressed(Protocol):
+    """Any server: FakeS3, one in a process of its own, or one of these."""
+
+    def environ(self) -> dict[str, str]:
+        """What a process needs in its environment to use this server by default."""
+
+
+def use(server: Addressed, patch: pytest.MonkeyPatch) -> None:
+    """Let the environment point to a server."""
+    for name, value in server.environ().items():
+        patch.setenv(name, value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

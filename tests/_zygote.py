@@ -1,4 +1,4 @@
-"""Imported by the fork server of `tests._crash` alone: what its children find done already.
+"""Imported by the fork server alone: what its children find done already.
 
 A process that imports torch and makes its first save takes 4 s. One that is forked from this
 module's takes 0.1 s: all is imported, botocore's models are parsed, and a save was made. The portal
@@ -12,6 +12,7 @@ import os
 import warnings
 
 import torch
+import torch._dynamo  # the first DTensor would
 import torch.distributed.checkpoint as dcp
 
 from s3dcp import S3StorageWriter
@@ -20,10 +21,10 @@ from s3dcp.testing import FakeS3
 
 
 def _warm_up() -> None:
-    warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     environ = dict(os.environ)
-    with FakeS3() as server:
+    with FakeS3() as server, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         server.create_bucket("warm-up")
         os.environ.update(server.environ())
         state = {"weight": torch.ones(8), "step": 1}

@@ -2,7 +2,7 @@
 
 A test says which server it speaks to by what it asks for: `moto`, `rclone`, or `s3` for one run
 on each. `server`, `bucket`, `boto` and `tls_endpoint` follow, and belong to rclone where a test
-asks for none of the three.
+asks for none of the three. One that asks for `fake` speaks to a FakeS3.
 """
 
 from __future__ import annotations
@@ -15,8 +15,11 @@ from typing import TYPE_CHECKING, Any
 import hypothesis
 import pytest
 
+from s3dcp.testing import FakeS3
+from tests._fakes import addressed
+from tests._forked import Zygote
 from tests._ranks import RankPool
-from tests._servers import Server, empty_bucket, serve_moto, serve_rclone
+from tests._servers import Server, empty_bucket, serve_moto, serve_rclone, use
 from tests._tls import TlsEndpoint, serve_tls
 
 if TYPE_CHECKING:
@@ -36,15 +39,25 @@ hypothesis.settings.load_profile("shared")
 
 _SERVERS = {"rclone", "moto", "s3"}
 _RANKS = {"ranks", "ranks1", "ranks2", "ranks4"}
+_SLOW_TO_START = {"moto", "outcomes", "zygote"}
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests on ranks on one worker: every worker that has one starts its own ranks."""
+    """Keep tests together on one worker where every worker that has one starts its own server."""
     for item in items:
-        if _RANKS.intersection(_asked(item)):
-            item.add_marker(pytest.mark.xdist_group("ranks"))
+        if group := _group(item):
+            item.add_marker(pytest.mark.xdist_group(group))
+
+
+def _group(item: pytest.Item) -> str | None:
+    asked = _asked(item)
+    if asked & _RANKS:
+        return "ranks"
+    if "s3" in asked:
+        asked.add(item.callspec.params["s3"])  # type: ignore[attr-defined]
+    return min(asked & _SLOW_TO_START, default=None)
 
 
 def _asked(node: pytest.Item) -> set[str]:
@@ -94,8 +107,7 @@ def server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> S
     if len(asked) > 1:
         pytest.fail(f"which is the test's server, of {sorted(asked)}?")
     found: Server = request.getfixturevalue(asked.pop() if asked else "rclone")
-    for name, value in found.environ().items():
-        monkeypatch.setenv(name, value)
+    use(found, monkeypatch)
     return found
 
 
@@ -130,6 +142,27 @@ def tls_endpoint(server: Server, tmp_path: Path) -> Iterator[TlsEndpoint]:
     """The test's server by https, with a certificate authority of its own."""
     with serve_tls(server.endpoint_url, tmp_path) as endpoint:
         yield endpoint
+
+
+@pytest.fixture(scope="module")
+def shared_fake() -> Iterator[FakeS3]:
+    """The module's FakeS3; a module that wants another kind has a fixture of this name."""
+    with FakeS3() as server:
+        yield server
+
+
+@pytest.fixture
+def fake(shared_fake: FakeS3) -> Iterator[FakeS3]:
+    """The module's FakeS3, in the environment; its bucket is empty, and retries follow at once."""
+    with addressed(shared_fake):
+        yield shared_fake
+
+
+@pytest.fixture(scope="session")
+def zygote() -> Iterator[Zygote]:
+    """What forks processes of their own, one for each worker."""
+    with Zygote() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,8 @@ from s3dcp import S3Client
 from s3dcp._loop_thread import new_event_loop
 from s3dcp._portal import portal
 from s3dcp.testing import FakeS3, FakeS3Process, Stall
-from tests._fakes import BUCKET, addressed, uri_of
+from tests._fakes import BUCKET, uri_of
+from tests._servers import use
 from tests._states import MiB, fill
 
 _MOST_LATE_S = 0.020
@@ -45,16 +46,9 @@ def run(request: pytest.FixtureRequest) -> Callable[[Coroutine[Any, Any, Any]], 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 
 
-@pytest.fixture(scope="module")
-def _server() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
 @pytest.fixture
-def server(_server: FakeS3) -> Iterator[FakeS3]:
-    with addressed(_server):
-        yield _server
+def server(fake: FakeS3) -> FakeS3:
+    return fake
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +61,7 @@ def _apart() -> Iterator[FakeS3Process]:
 @pytest.fixture
 def apart(_apart: FakeS3Process, monkeypatch: pytest.MonkeyPatch) -> FakeS3Process:
     """A server that takes none of this process's time."""
-    for name, value in _apart.environ().items():
-        monkeypatch.setenv(name, value)
+    use(_apart, monkeypatch)
     return _apart
 
 

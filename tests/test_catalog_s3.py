@@ -23,7 +23,8 @@ from s3dcp._flow import Channel
 from s3dcp._keys import S3Uri, parse_s3_uri
 from s3dcp._verifying import Verdict, inspect, verify
 from s3dcp.testing import Call, FakeS3, Limits, Refuse, internal_error, lost_response
-from tests._catalogs import BUCKET, metadata_of, put_checkpoint, put_data
+from tests._catalogs import metadata_of, put_checkpoint, put_data
+from tests._fakes import BUCKET
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,24 +38,10 @@ RUN = f"s3://{BUCKET}/run"
 
 
 @pytest.fixture(scope="module")
-def _fake() -> Iterator[FakeS3]:
+def shared_fake() -> Iterator[FakeS3]:
+    """A server of short pages and small parts."""
     with FakeS3(limits=Limits(min_part_bytes=KiB, max_keys=10)) as server:
         yield server
-
-
-@pytest.fixture
-def fake(_fake: FakeS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
-    """A strict server with an empty bucket, in the environment."""
-    for name, value in _fake.environ().items():
-        monkeypatch.setenv(name, value)
-    _fake.forget()
-    _fake.create_bucket(BUCKET)
-    yield _fake
-    for key in _fake.keys(BUCKET):
-        _fake.delete(BUCKET, key)
-    for upload_id in _fake.uploads(BUCKET):
-        del _fake._s3.buckets[BUCKET].uploads[upload_id]
-    _fake.check()
 
 
 def save(uri: str, state: dict[str, Any], **kwargs: Any) -> None:

@@ -25,7 +25,8 @@ from s3dcp import S3StorageWriter
 from s3dcp.__main__ import main
 from s3dcp._cli import cli
 from s3dcp.testing import Call, Drop, FakeS3, Fault, Record, Refuse, Stall
-from tests._catalogs import BUCKET, put_checkpoint, put_data
+from tests._catalogs import put_checkpoint, put_data
+from tests._fakes import BUCKET
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -35,24 +36,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 
 RUN = f"s3://{BUCKET}/run"
 _LIMIT_S = 60
-
-
-@pytest.fixture(scope="module")
-def _fake() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
-@pytest.fixture
-def fake(_fake: FakeS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
-    for name, value in _fake.environ().items():
-        monkeypatch.setenv(name, value)
-    _fake.forget()
-    _fake.create_bucket(BUCKET)
-    yield _fake
-    for key in _fake.keys(BUCKET):
-        _fake.delete(BUCKET, key)
-    _fake.check()
 
 
 def run(*arguments: str) -> Result:

@@ -53,12 +53,6 @@ B: StateDict = {"weights": fill((8, 9), seed=3), "step": 3}
 KEY = f"ck/{METADATA}"
 
 
-@pytest.fixture(scope="module")
-def _server() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
 @pytest.fixture
 def jobs() -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(8) as threads:
@@ -66,10 +60,9 @@ def jobs() -> Iterator[ThreadPoolExecutor]:
 
 
 @pytest.fixture
-def fake(_server: FakeS3, jobs: ThreadPoolExecutor) -> Iterator[FakeS3]:
+def fake(jobs: ThreadPoolExecutor, fake: FakeS3) -> FakeS3:
     """The server; what it holds back goes on before the jobs are waited for."""
-    with addressed(_server) as server:
-        yield server
+    return fake
 
 
 def outcome(job: Callable[[], None]) -> S3Exception | None:

@@ -43,7 +43,6 @@ from tests._hf import (
 from tests._states import MiB, assert_same, fill
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is :UserWarning")
@@ -51,18 +50,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is :UserWarnin
 STATE = state_of(1)
 CONFIG = S3ClientConfig(part_size=5 * MiB, conditional_writes=True, memory_budget_bytes=24 * MiB)
 FILES = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
-@pytest.fixture
-def fake(shared: FakeS3) -> Iterator[FakeS3]:
-    with addressed(shared) as server:
-        yield server
 
 
 def consolidate(source: str = "shards", target: str = "full", **options: Any) -> None:
@@ -139,13 +126,15 @@ def test_checksums_are_those_of_a_save(fake: FakeS3) -> None:
         max_size=4,
     ),
 )
-def test_any_cut_of_any_shape(shared: FakeS3, data: st.DataObject, described: list[Any]) -> None:
+def test_any_cut_of_any_shape(
+    shared_fake: FakeS3, data: st.DataObject, described: list[Any]
+) -> None:
     whole = {
         f"t{number}": (fill(shape, dtype, number), boxes)
         for number, ((shape, boxes), dtype) in enumerate(described)
     }
     mapping = {name: data.draw(st.integers(1, 2)) for name in whole}
-    with addressed(shared) as fake:
+    with addressed(shared_fake) as fake:
         write_shards(fake, whole)
         consolidate(fqn_to_index_mapping=mapping)
         found: dict[str, torch.Tensor] = {}
@@ -182,7 +171,7 @@ def test_shards_of_torchs_writer(fake: FakeS3, tmp_path: Path) -> None:
     assert_same(load(state, "full"), state)
 
 
-def test_memory_is_bounded(shared: FakeS3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded(shared_fake: FakeS3, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of tensors six times the budget, which land next to where they belong."""
     held = peak = 0
 
@@ -199,7 +188,7 @@ def test_memory_is_bounded(shared: FakeS3, monkeypatch: pytest.MonkeyPatch) -> N
 
     shape = (4096, 2048)
     whole = {f"w{n}": (fill(shape, seed=n), columns(shape, 2)) for n in range(4)}
-    with addressed(shared) as fake:
+    with addressed(shared_fake) as fake:
         write_shards(fake, whole)
         monkeypatch.setattr("s3dcp._consolidation.bytearray", Counted, raising=False)
         consolidate()

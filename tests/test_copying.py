@@ -31,11 +31,11 @@ from s3dcp import (
     copy,
 )
 from s3dcp.testing import Call, FakeS3, Fault, FlipByte, Record, Refuse, Stall
-from tests._catalogs import BUCKET, metadata_of, put_checkpoint, put_data
+from tests._catalogs import metadata_of, put_checkpoint, put_data
+from tests._fakes import BUCKET
 from tests._states import MiB, StateDict, assert_same, blank, fill
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from tests._servers import Server
@@ -45,24 +45,6 @@ COPY = f"s3://{BUCKET}/copy"
 _LIMIT_S = 60
 # One request after the other.
 ONE = S3ClientConfig(max_connections=1, part_size=5 * MiB, memory_budget_bytes=10 * MiB)
-
-
-@pytest.fixture(scope="module")
-def _fake() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
-@pytest.fixture
-def fake(_fake: FakeS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
-    for name, value in _fake.environ().items():
-        monkeypatch.setenv(name, value)
-    _fake.forget()
-    _fake.create_bucket(BUCKET)
-    yield _fake
-    for key in _fake.keys(BUCKET):
-        _fake.delete(BUCKET, key)
-    _fake.check()
 
 
 def state(seed: int = 1) -> StateDict:

@@ -19,50 +19,28 @@ import pytest
 from s3dcp.testing import FakeS3
 from tests._crash import Job, Kill, Outcome, Process, Target, run
 from tests._crash_sites import Effects, FakeTarget, Late, Place, RcloneTarget, performed
-from tests._servers import Server, empty_bucket
+from tests._servers import Server, empty_bucket, use
 from tests._states import assert_same
 
 pytestmark = [
+    pytest.mark.xdist_group("ranks"),  # which start the same fork server
     # torch says so of every save and load without a process group, `no_dist=True` or not.
     pytest.mark.filterwarnings("ignore:torch.distributed is :UserWarning"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork"),
 ]
 
 
-@pytest.fixture(scope="module")
-def fake() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
 @pytest.fixture
-def fake_target(
-    fake: FakeS3, monkeypatch: pytest.MonkeyPatch, bucket_name: str
-) -> Iterator[FakeTarget]:
-    for name, value in fake.environ().items():
-        monkeypatch.setenv(name, value)
+def fake_target(fake: FakeS3, bucket_name: str) -> FakeTarget:
     fake.create_bucket(bucket_name)
-    yield FakeTarget(fake)
-    fake.check()
-    fake.forget()
-
-
-@pytest.fixture(scope="module")
-def _rclone_boto(rclone: Server) -> Iterator[Any]:
-    client = rclone.boto()
-    yield client
-    client.close()
+    return FakeTarget(fake)
 
 
 @pytest.fixture
-def rclone_target(
-    rclone: Server, _rclone_boto: Any, monkeypatch: pytest.MonkeyPatch, bucket_name: str
-) -> Iterator[RcloneTarget]:
-    for name, value in rclone.environ().items():
-        monkeypatch.setenv(name, value)
-    _rclone_boto.create_bucket(Bucket=bucket_name)
-    yield RcloneTarget(rclone.environ(), _rclone_boto)
-    empty_bucket(_rclone_boto, bucket_name)
+def rclone_target(server: Server, boto: Any, bucket_name: str) -> Iterator[RcloneTarget]:
+    boto.create_bucket(Bucket=bucket_name)
+    yield RcloneTarget(server.environ(), boto)
+    empty_bucket(boto, bucket_name)
 
 
 @pytest.fixture
@@ -208,8 +186,7 @@ def test_the_commit_of_a_killed_save_arrives_late(
 ) -> None:
     """The next save has long been committed. It stays where the store has conditional writes."""
     with FakeS3(conditional_writes=conditional) as server:
-        for name, value in server.environ().items():
-            monkeypatch.setenv(name, value)
+        use(server, monkeypatch)
         server.create_bucket(bucket_name)
         place = Place(FakeTarget(server), bucket_name, "ck")
         if existing:

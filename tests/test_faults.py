@@ -52,7 +52,6 @@ from tests._fakes import BUCKET, METADATA, addressed, assert_holds, data_keys, l
 from tests._states import MiB, StateDict, assert_same, fill
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 # torch says so of every save and load without a process group, `no_dist=True` or not.
@@ -239,18 +238,6 @@ CASES = [
     for row in TABLE
     for request in row.requests
 ]
-
-
-@pytest.fixture(scope="module")
-def _server() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
-@pytest.fixture
-def fake(_server: FakeS3) -> Iterator[FakeS3]:
-    with addressed(_server) as server:
-        yield server
 
 
 def strike(server: FakeS3, row: Row, request: Request) -> None:

@@ -543,13 +543,9 @@ class TestTallies:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        server.create_bucket("bucket")
-        for name, value in server.environ().items():
-            monkeypatch.setenv(name, value)
-        yield server
-        server.check()
+def server(fake: FakeS3) -> FakeS3:
+    fake.create_bucket("bucket")
+    return fake
 
 
 def connected(server: FakeS3, **settings: Any) -> tuple[Portal, Channel]:

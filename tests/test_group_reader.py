@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,22 +15,15 @@ import s3dcp
 from s3dcp import S3Exception, WeightsOnlyLoadPlanner
 from s3dcp._group_reader import from_coordinator
 from s3dcp.testing import FakeS3, Refuse
-from tests._fakes import BUCKET, addressed, uri_of
+from tests._fakes import BUCKET, uri_of
 from tests._ranks import RankPool
 
 URI = uri_of("run/step-1")
 
 
-@pytest.fixture(scope="module")
-def _server() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
 @pytest.fixture
-def server(_server: FakeS3) -> Iterator[FakeS3]:
-    with addressed(_server):
-        yield _server
+def server(fake: FakeS3) -> FakeS3:
+    return fake
 
 
 @pytest.fixture(params=[2, 4])

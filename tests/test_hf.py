@@ -51,7 +51,6 @@ from tests._states import CutPlanner, MiB, StateDict, assert_same, blank, fill, 
 from tests.test_safetensors import READABLE_DTYPES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 # torch says so of every save and load without a process group, `no_dist=True` or not.
@@ -64,18 +63,6 @@ STATE = state_of(1)
 FILES = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
 # Large tensors go up in parts, and the store is known to honour conditions.
 CONFIG = S3ClientConfig(part_size=5 * MiB, conditional_writes=True, memory_budget_bytes=16 * MiB)
-
-
-@pytest.fixture(scope="module")
-def shared() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
-@pytest.fixture
-def fake(shared: FakeS3) -> Iterator[FakeS3]:
-    with addressed(shared) as server:
-        yield server
 
 
 class TestRoundTrips:
@@ -205,11 +192,11 @@ described = st.dictionaries(
 @settings(max_examples=25)
 @given(described=described, seed=st.integers(0, 9))
 def test_any_state_goes_both_ways(
-    shared: FakeS3, described: dict[str, tuple[torch.dtype, tuple[int, ...]]], seed: int
+    shared_fake: FakeS3, described: dict[str, tuple[torch.dtype, tuple[int, ...]]], seed: int
 ) -> None:
     """Ours by the library, and the library's by us."""
     state = {name: fill(shape, dtype, seed) for name, (dtype, shape) in described.items()}
-    with addressed(shared) as fake:
+    with addressed(shared_fake) as fake:
         save(state, "ours")
         body = fake.read(BUCKET, "ours/model-00001-of-00001.safetensors")
         found = safetensors.torch.load(body)

@@ -28,12 +28,12 @@ from s3dcp import (
 )
 from s3dcp._metadata import ItemCrcs, crcs_of
 from s3dcp.testing import FakeS3, FlipByte
+from tests._fakes import BUCKET, addressed
 from tests._states import CutPlanner, MiB, StateDict, assert_same, blank, blank_turned, fill
 
 # torch says so of every save and load without a process group, `no_dist=True` or not.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is :UserWarning")
 
-BUCKET = "bucket"
 
 #: One of each way that an item goes: in blocks, in one piece, copied, by torch.save, as a pickle.
 STATE: StateDict = {
@@ -55,28 +55,11 @@ READERS: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        server.create_bucket(BUCKET)
-        yield server
-
-
 @pytest.fixture
-def fake(shared: FakeS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
-    """A server that is the environment's, with an empty bucket."""
-    use(shared, monkeypatch)
-    yield shared
-    shared.check()
-    shared.forget()
-    for key in shared.keys(BUCKET):
-        shared.delete(BUCKET, key)
-    assert shared.uploads(BUCKET) == {}
-
-
-def use(server: FakeS3, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in server.environ().items():
-        monkeypatch.setenv(name, value)
+def fake(fake: FakeS3) -> Iterator[FakeS3]:
+    """The module's, on which no upload is left behind."""
+    yield fake
+    assert fake.uploads(BUCKET) == {}
 
 
 def save(state: StateDict, config: S3ClientConfig | None = None, path: str = "run") -> None:
@@ -291,7 +274,7 @@ class TestOnTheWayDown:
         size = len(fake.read(BUCKET, "run/.metadata"))
         for at in (*range(0, size, 50), size - 24, size - 23, size - 9, size - 8, size - 1):
             fake.inject(FlipByte(at), operation="GetObject", key="run/.metadata")
-            with pytest.raises(CorruptMetadataError, match=r"s3://bucket/run/\.metadata "):
+            with pytest.raises(CorruptMetadataError, match=r"s3://bkt/run/\.metadata "):
                 S3StorageReader(None, f"s3://{BUCKET}/run").read_metadata()
 
     def test_in_a_part(self, fake: FakeS3) -> None:
@@ -376,16 +359,10 @@ class TestStoresWithoutChecksums:
     @pytest.mark.parametrize("size", [100, 3 * MiB])
     @pytest.mark.parametrize("checksum", [*ALGORITHMS, None])
     def test_one_warning_and_the_items_own_hold(
-        self,
-        monkeypatch: pytest.MonkeyPatch,
-        caplog: pytest.LogCaptureFixture,
-        checksum: Any,
-        size: int,
+        self, caplog: pytest.LogCaptureFixture, checksum: Any, size: int
     ) -> None:
         state = {"w": fill((size,), seed=1), "v": fill((10,), seed=2)}
-        with FakeS3(checksums=False) as deaf:
-            deaf.create_bucket(BUCKET)
-            use(deaf, monkeypatch)
+        with FakeS3(checksums=False) as deaf, addressed(deaf):
             config = S3ClientConfig(
                 part_size=5 * MiB, checksum=checksum, conditional_writes=True, max_connections=2
             )

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,29 +50,12 @@ def test_a_hot_loop_of_calls_is_interrupted_hundreds_of_times(loop: str) -> None
     assert (done.returncode, done.stdout) == (0, "300 interrupts\n")
 
 
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with Zygote() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def _server() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
 @pytest.fixture
-def server(_server: FakeS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
+def server(fake: FakeS3) -> FakeS3:
     """A server that holds the old checkpoint."""
-    for name, value in _server.environ().items():
-        monkeypatch.setenv(name, value)
-    _server.create_bucket("life")
-    for key in _server.keys("life"):
-        _server.delete("life", key)
+    fake.create_bucket("life")
     save(OLD)
-    yield _server
-    _server.forget()
+    return fake
 
 
 def save(state: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ import pytest
 from jupyter_client.manager import start_new_kernel
 
 from s3dcp.testing import FakeS3, Stall
-from tests._fakes import BUCKET, addressed, uri_of
+from tests._fakes import BUCKET, uri_of
 
 Cell = Callable[..., str]
 
@@ -23,9 +23,8 @@ state = {{"weights": torch.arange(90_000.0), "step": 1}}
 
 
 @pytest.fixture
-def server() -> Iterator[FakeS3]:
-    with FakeS3() as fake, addressed(fake):
-        yield fake
+def server(fake: FakeS3) -> FakeS3:
+    return fake
 
 
 @pytest.fixture

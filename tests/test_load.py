@@ -41,6 +41,7 @@ from s3dcp._portal import portal
 from s3dcp._saving import SavedItems
 from s3dcp.testing import FakeS3, FakeS3Process
 from tests._fakes import BUCKET, load, save
+from tests._servers import use
 from tests._states import KiB, MiB, StateDict, assert_same, fill, finite
 from tests._stores import MemoryStore, channel_of
 
@@ -67,8 +68,7 @@ def _server() -> Iterator[FakeS3Process]:
 
 @pytest.fixture
 def server(_server: FakeS3Process, monkeypatch: pytest.MonkeyPatch) -> FakeS3Process:
-    for name, value in _server.environ().items():
-        monkeypatch.setenv(name, value)
+    use(_server, monkeypatch)
     return _server
 
 

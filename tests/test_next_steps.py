@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -30,22 +30,15 @@ from s3dcp.testing import (
     WrongRange,
     lost_response,
 )
-from tests._fakes import BUCKET, addressed, data_keys, uri_of
+from tests._fakes import BUCKET, data_keys, uri_of
 
 URI = uri_of("run/step-1")
 ONCE = S3ClientConfig(max_attempts=1, read_timeout_s=0.2)
 
 
-@pytest.fixture(scope="module")
-def _server() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
 @pytest.fixture
-def server(_server: FakeS3) -> Iterator[FakeS3]:
-    with addressed(_server):
-        yield _server
+def server(fake: FakeS3) -> FakeS3:
+    return fake
 
 
 def save(*, overwrite: bool = True) -> None:

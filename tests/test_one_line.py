@@ -9,7 +9,7 @@ import pickle
 import threading
 import traceback
 import weakref
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -36,7 +36,7 @@ from s3dcp._checkpoint import plain, shared_error
 from s3dcp._loop_thread import new_event_loop
 from s3dcp._portal import portal
 from s3dcp.testing import FakeS3, Stall, internal_error, wrong_region
-from tests._fakes import BUCKET, addressed, data_keys, uri_of
+from tests._fakes import BUCKET, data_keys, uri_of
 from tests._ranks import RankPool
 from tests._states import MiB, assert_same, fill
 
@@ -59,16 +59,9 @@ class Settings:
         self.rate = rate
 
 
-@pytest.fixture(scope="module")
-def _server() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
 @pytest.fixture
-def server(_server: FakeS3) -> Iterator[FakeS3]:
-    with addressed(_server):
-        yield _server
+def server(fake: FakeS3) -> FakeS3:
+    return fake
 
 
 def state() -> dict[str, Any]:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -50,29 +50,10 @@ CONFIG = S3ClientConfig(part_size=5 * MiB, conditional_writes=True)
 OLD, NEW = "s3://life/old", "s3://life/new"
 
 
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with Zygote() as made:
-        yield made
-
-
-@pytest.fixture(scope="module")
-def _server() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
 @pytest.fixture
-def server(_server: FakeS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
-    """A server with an empty bucket, on which no client does anything wrong."""
-    for name, value in _server.environ().items():
-        monkeypatch.setenv(name, value)
-    _server.create_bucket("life")
-    for key in _server.keys("life"):
-        _server.delete("life", key)
-    yield _server
-    _server.check()
-    _server.forget()
+def server(fake: FakeS3) -> FakeS3:
+    fake.create_bucket("life")
+    return fake
 
 
 def state_of(step: int) -> StateDict:

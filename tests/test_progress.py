@@ -38,7 +38,7 @@ from s3dcp._portal import portal
 from s3dcp._progress import Meter
 from s3dcp._saving import SavedItems
 from s3dcp.testing import Cut, FakeS3, slow_down
-from tests._fakes import BUCKET, addressed, uri_of
+from tests._fakes import BUCKET, uri_of
 from tests._states import MiB, StateDict, assert_same, blank, fill
 from tests._stores import MemoryStore, channel_of
 
@@ -162,17 +162,10 @@ class TestMeter:
         assert (meter.done_bytes, meter.total_bytes) == (10, 10)
 
 
-@pytest.fixture(scope="module")
-def _fake() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
 @pytest.fixture
-def fake(_fake: FakeS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
+def fake(fake: FakeS3, monkeypatch: pytest.MonkeyPatch) -> FakeS3:
     monkeypatch.setattr(s3dcp._progress, "_INTERVAL_S", 0.0)  # tell of everything
-    with addressed(_fake):
-        yield _fake
+    return fake
 
 
 @pytest.fixture(params=["host", "device"])

@@ -29,6 +29,7 @@ from click.testing import CliRunner
 import s3dcp
 from s3dcp._cli import cli
 from s3dcp.testing import FakeS3
+from tests._servers import use
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -225,9 +226,8 @@ class TestCommands:
     ) -> None:
         """On a run of three checkpoints; `serve` would not end."""
         monkeypatch.chdir(tmp_path)
-        with FakeS3() as fake, pytest.MonkeyPatch.context() as patch:
-            for name, value in fake.environ().items():
-                patch.setenv(name, value)
+        with FakeS3() as fake:
+            use(fake, monkeypatch)
             fake.create_bucket(_BUCKET)
             for step in (100, 200, 300):
                 s3dcp.save({"step": step}, f"s3://{_BUCKET}/run/step-{step}")

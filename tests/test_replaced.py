@@ -93,21 +93,6 @@ def load_while_replaced(uri: str, step: str, first: int) -> dict[int, BaseExcept
     return {rank: failure for rank, (failure, _) in caught.value.failures.items()}
 
 
-@pytest.fixture(scope="module")
-def _fake() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
-@pytest.fixture
-def fake(_fake: FakeS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
-    for name, value in _fake.environ().items():
-        monkeypatch.setenv(name, value)
-    yield _fake
-    _fake.check()
-    _fake.forget()
-
-
 @pytest.fixture
 def uri(fake: FakeS3) -> str:
     bucket = f"replaced-{secrets.token_hex(6)}"

@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import logging
 import pickle
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,7 @@ from s3dcp import (
 from s3dcp._recording import Audience, Recording
 from s3dcp._tally import Tally
 from s3dcp.testing import FakeS3, internal_error, slow_down
-from tests._fakes import BUCKET, addressed, uri_of
+from tests._fakes import BUCKET, uri_of
 from tests._states import MiB, StateDict, blank, fill
 
 if TYPE_CHECKING:
@@ -134,18 +133,6 @@ class TestValue:
             r"rank 0 failed to load (ThrottledError) 's3://b/a\nb': 0 B in 0.000 s (nothing done)"
         )
         assert "\n" not in str(failed)
-
-
-@pytest.fixture(scope="module")
-def _fake() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
-@pytest.fixture
-def fake(_fake: FakeS3) -> Iterator[FakeS3]:
-    with addressed(_fake):
-        yield _fake
 
 
 def state() -> StateDict:

@@ -32,6 +32,7 @@ from s3dcp import (
 from s3dcp._framing import frame_for
 from s3dcp._metadata import crcs_of
 from s3dcp.testing import LocalS3
+from tests._servers import use
 from tests._states import (
     CutPlanner,
     MiB,
@@ -215,8 +216,7 @@ def memory_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder,
         LocalS3(folder) as server,
     ):
-        for name, value in server.environ().items():
-            monkeypatch.setenv(name, value)
+        use(server, monkeypatch)
         server.create_bucket("memory")
         yield "s3://memory"
 

@@ -46,37 +46,29 @@ from s3dcp._metadata import dump_metadata, load_metadata
 from s3dcp._opcodes import OpcodeError, check_opcodes
 from s3dcp.testing import FakeS3, Refuse
 from tests._bounded import Outcome, try_bounded
+from tests._fakes import BUCKET
+from tests._servers import use
 from tests._states import StateDict, assert_same, fill
 from tests.test_metadata import Call, forged, global_of, sample
 
 # torch says so of every save and load without a process group, `no_dist=True` or not.
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is :UserWarning")
 
-BUCKET = "bucket"
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
 
 
 @pytest.fixture(scope="module")
-def shared() -> Iterator[FakeS3]:
+def shared_fake() -> Iterator[FakeS3]:
+    """A server that wants a session token."""
     with FakeS3(session_token="s3ss10n-t0ken+/=" * 8) as server:
-        server.create_bucket(BUCKET)
-        server.create_bucket("other")
         yield server
 
 
 @pytest.fixture
-def fake(shared: FakeS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
-    """A server that is the environment's."""
-    use(shared, monkeypatch)
-    yield shared
-    shared.forget()
-    for key in shared.keys(BUCKET):
-        shared.delete(BUCKET, key)
-
-
-def use(server: FakeS3, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in server.environ().items():
-        monkeypatch.setenv(name, value)
+def fake(fake: FakeS3) -> FakeS3:
+    """The module's, with a bucket beside the one that is meant."""
+    fake.create_bucket("other")
+    return fake
 
 
 STATE: StateDict = {"w": fill((6, 7), seed=1), "step": 7}

@@ -27,6 +27,7 @@ import torch
 
 import s3dcp
 from s3dcp.testing import FakeS3, FakeS3Process
+from tests._servers import use
 from tests.test_examples import _EXAMPLES, _Runner, run
 
 __all__ = ["run"]  # the fixture
@@ -43,8 +44,7 @@ pytestmark = pytest.mark.timeout(3 * _LIMIT_S)
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3Process]:
     with FakeS3.process() as process:
         process.create_bucket("bucket")
-        for name, value in process.environ().items():
-            monkeypatch.setenv(name, value)
+        use(process, monkeypatch)
         yield process
 
 

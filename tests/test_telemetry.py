@@ -20,7 +20,7 @@ import s3dcp
 from s3dcp import CheckpointExistsError, Report, S3ClientConfig, S3StorageWriter
 from s3dcp import _telemetry as telemetry
 from s3dcp.testing import FakeS3, slow_down
-from tests._fakes import addressed, uri_of
+from tests._fakes import uri_of
 from tests._states import MiB, StateDict, blank, fill
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is :UserWarning")
@@ -70,18 +70,6 @@ def collected(monkeypatch: pytest.MonkeyPatch) -> Iterator[Collected]:
     telemetry._instruments.cache_clear()
     made.tracers.shutdown()
     made.meters.shutdown()
-
-
-@pytest.fixture(scope="module")
-def _fake() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
-@pytest.fixture
-def fake(_fake: FakeS3) -> Iterator[FakeS3]:
-    with addressed(_fake):
-        yield _fake
 
 
 def state() -> StateDict:

@@ -10,28 +10,22 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from s3dcp import S3ClientConfig, S3StorageReader, S3StorageWriter
-from s3dcp._flow import RetryPolicy
 from s3dcp.testing import Cut, FakeS3, slow_down
+from tests._fakes import uri_of
+from tests._states import MiB
 
-MiB = 1 << 20
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch's, of saves without ranks
 
 
-def test_they_count_what_went_wrong(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(RetryPolicy, "delay_s", lambda *_: 0.0)
+def test_they_count_what_went_wrong(fake: FakeS3, caplog: pytest.LogCaptureFixture) -> None:
     state = {"w": torch.ones(3 * MiB), "small": torch.ones(5), "text": "abc"}
-    with FakeS3() as server, caplog.at_level(logging.INFO, "s3dcp"):
-        server.create_bucket("bucket")
-        for name, value in server.environ().items():
-            monkeypatch.setenv(name, value)
-        server.inject(slow_down(), operation="UploadPart", times=2)
-        writer = S3StorageWriter(None, "s3://bucket/run", S3ClientConfig(part_size=5 * MiB))
+    with caplog.at_level(logging.INFO, "s3dcp"):
+        fake.inject(slow_down(), operation="UploadPart", times=2)
+        writer = S3StorageWriter(None, uri_of("run"), S3ClientConfig(part_size=5 * MiB))
         dcp.save(state, storage_writer=writer, no_dist=True)
         saved = writer.totals
-        server.inject(Cut(1 * MiB), operation="GetObject", key="*.distcp", times=1)
-        reader = S3StorageReader(None, "s3://bucket/run")
+        fake.inject(Cut(1 * MiB), operation="GetObject", key="*.distcp", times=1)
+        reader = S3StorageReader(None, uri_of("run"))
         dcp.load({"w": torch.zeros(3 * MiB)}, storage_reader=reader, no_dist=True)
         loaded = reader.totals
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 import s3dcp
 from s3dcp import S3StorageReader, S3StorageWriter
 from s3dcp.testing import FakeS3
-from tests._fakes import addressed, uri_of
+from tests._fakes import uri_of
 from tests._ranks import RankPool
 
 RUN = uri_of("titan/run")
@@ -149,9 +148,8 @@ def train_and_resume() -> tuple[list[str], int]:
 
 
 @pytest.fixture
-def server() -> Iterator[FakeS3]:
-    with FakeS3() as server, addressed(server):
-        yield server
+def server(fake: FakeS3) -> FakeS3:
+    return fake
 
 
 def test_it_saves_purges_and_resumes(ranks2: RankPool, server: FakeS3) -> None:

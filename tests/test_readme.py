@@ -1,4 +1,4 @@
-"""The README and the guide, run: their Python, imports, commands, policies and tables.
+"""The README and the guide, run: their Python, imports, commands and tables.
 
 Every Python block of a page runs, top to bottom, in one namespace on one rank, as the README's
 first comment says. No block can opt out: a fence of a language that is not known here fails a test,
@@ -11,7 +11,6 @@ import ast
 import builtins
 import contextlib
 import io
-import json
 import os
 import re
 import shlex
@@ -20,9 +19,7 @@ import warnings
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-import boto3
 import pytest
-from botocore.validate import ParamValidator
 from click.testing import CliRunner
 
 import s3dcp
@@ -204,50 +201,6 @@ def _check_script(arguments: list[str]) -> None:
     for option in arguments[arguments.index(script) + 1 :]:
         if option.startswith("--"):
             assert f'"{option}"' in source, f"{script} has no {option}"
-
-
-class TestPolicies:
-    """What is to be copied is what AWS takes, as far as botocore and the engine know."""
-
-    def test_each_is_a_policy_or_a_lifecycle(self) -> None:
-        found = [json.loads(block.text) for block in all_blocks("json")]
-
-        assert len(found) == 3
-        assert [sorted(each) for each in found] == [["Statement", "Version"], ["Rules"], ["Rules"]]
-
-    def test_lifecycles_are_what_s3_takes(self) -> None:
-        with FakeS3() as fake:
-            client = boto3.client("s3", region_name=fake.region)
-            for block in all_blocks("json"):
-                rules = json.loads(block.text)
-                if "Rules" not in rules:
-                    continue
-                shape = client.meta.service_model.operation_model(
-                    "PutBucketLifecycleConfiguration"
-                ).input_shape
-                given = {"Bucket": _BUCKET, "LifecycleConfiguration": rules}
-                assert not ParamValidator().validate(given, shape).has_errors()
-            client.close()
-
-    def test_the_policy_allows_what_is_asked(self) -> None:
-        """Every request that s3dcp sends has its action in the policy, and no other is in it."""
-        [policy] = [
-            found
-            for block in all_blocks("json")
-            if "Statement" in (found := json.loads(block.text))
-        ]
-        allowed = {action for each in policy["Statement"] for action in each["Action"]}
-
-        assert policy["Version"] == "2012-10-17"
-        assert all(each["Effect"] == "Allow" for each in policy["Statement"])
-        assert allowed == {
-            *("s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:ListBucket"),
-            *("s3:AbortMultipartUpload", "s3:ListBucketMultipartUploads"),
-            *("kms:GenerateDataKey", "kms:Decrypt"),
-        }
-        for each in policy["Statement"]:
-            objects = {"s3:GetObject", "s3:PutObject"} & set(each["Action"])
-            assert each["Resource"].endswith("/*") == bool(objects)
 
 
 class TestTables:

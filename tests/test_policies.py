@@ -26,6 +26,7 @@ import s3dcp
 from s3dcp import S3ClientConfig, S3Exception, S3FileSystem
 from s3dcp._bench import run_trials
 from s3dcp._cli import cli
+from s3dcp._failures import _HINTS
 from s3dcp.testing import FakeS3, internal_error
 from tests._fakes import addressed, unwrapped
 from tests._pages import all_blocks, rows_of
@@ -355,6 +356,14 @@ def test_parts_are_decrypted_to_be_put_together(
 
     needs = needs_of(world.server.requests)
     assert {each.action for each in needs if each.resource == KEY} == actions
+
+
+def test_who_is_refused_is_told_of_every_action() -> None:
+    hint = _HINTS[s3dcp.AccessDeniedError]
+
+    assert set(re.findall(r"\w+:[A-Z]\w+", hint)) == {
+        action for each in _policy()["Statement"] for action in each["Action"]
+    }
 
 
 def test_each_block_is_a_policy_or_a_lifecycle() -> None:

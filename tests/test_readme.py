@@ -17,19 +17,20 @@ import shlex
 import tomllib
 import warnings
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import botocore.exceptions
 import pytest
 from click.testing import CliRunner
 
 import s3dcp
 from s3dcp._cli import cli
+from s3dcp._failures import _BY_CODE
 from s3dcp.testing import FakeS3
 from tests._pages import PAGES, README, ROOT, Block, all_blocks, blocks_of, lines_of, rows_of
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests._ranks import RankPool
     from tests._servers import Server
 
@@ -39,6 +40,12 @@ _ENDPOINT = "https://s3.example.com"
 _PROGRAMS = {"torchrun", "s3dcp"}
 _TYPED = {"python3", ".", "pip", "python"}  # by tests.test_newcomer
 _NOT_RUN = {"serve"}
+_CODE = re.compile(r"`([^`]{8,})`")  # shorter ones are parts of names
+# S3's names for errors that mean nothing more to us than their status.
+_OF_STORES = {
+    *("Forbidden", "NotImplemented", "InvalidArgument", "MalformedXML"),
+    *("KMS.DisabledException", "KMS.NotFoundException"),
+}
 # Of the calls, s3fs and torch.
 _ARGUMENTS = {
     *("overwrite", "region", "weights_only", "thread_count", "use_collectives", "no_dist"),
@@ -53,6 +60,27 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.re
 
 def _names(cell: str) -> list[str]:
     return re.findall(r"`(\w+)`", cell)
+
+
+def _texts(tree: ast.AST) -> list[str]:
+    """The strings of a module that are no docstrings."""
+    nodes = list(ast.walk(tree))
+    docs = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    return [
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs
+    ]
+
+
+def _errors() -> set[str]:
+    """Those that are raised: all but the two that only group others."""
+    every = {
+        name
+        for name in s3dcp.__all__
+        if isinstance(found := getattr(s3dcp, name), type) and issubclass(found, Exception)
+    }
+    return every - {"S3Exception", "CheckpointError"}
 
 
 def _pyproject() -> dict[str, Any]:
@@ -189,16 +217,34 @@ class TestTables:
         assert list(told) == [field.name for field in fields(s3dcp.S3ClientConfig)]
 
     def test_errors(self) -> None:
-        """Each is told of once, all but the two that only group others."""
+        """Each is told of once."""
         told = [name for error, _ in rows_of("error") for name in _names(error)]
-        raised = {
-            name
-            for name in s3dcp.__all__
-            if isinstance(found := getattr(s3dcp, name), type) and issubclass(found, Exception)
-        }
 
         assert len(told) == len(set(told))
-        assert set(told) == raised - {"S3Exception", "CheckpointError"}
+        assert set(told) == _errors()
+
+    def test_messages(self) -> None:
+        """Each is one of ours, of botocore's, or S3's name for an error; every error has one."""
+        ours = "\n".join(
+            text
+            for path in Path(s3dcp.__file__).parent.glob("_*.py")
+            for text in _texts(ast.parse(path.read_text(encoding="utf-8")))
+        )
+        theirs = "\n".join(
+            found.fmt
+            for found in vars(botocore.exceptions).values()
+            if isinstance(found, type) and issubclass(found, botocore.exceptions.BotoCoreError)
+        )
+        rows = list(rows_of("message"))
+        told = {
+            text: error.strip("`") for cell, error, _ in rows for text in re.findall(_CODE, cell)
+        }
+
+        assert {text for text in told if text not in ours + theirs} == _OF_STORES
+        assert {code: _BY_CODE[code].__name__ for code in told.keys() & _BY_CODE} == {
+            code: error for code, error in told.items() if code in _BY_CODE
+        }
+        assert {name for _, error, _ in rows for name in _names(error)} == _errors()
 
     def test_support_matrix(self) -> None:
         supported = {name: cell for name, cell, _ in rows_of("part")}
@@ -233,10 +279,10 @@ def _anchors(page: Path) -> set[str]:
 class TestText:
     @every_page
     def test_names_exist(self, page: Path) -> None:
-        """Whatever looks like one of s3dcp's names is one, or Python's, torch's, or the peer's."""
+        """Whatever looks like one of s3dcp's names is one, or Python's, or S3's for an error."""
         named = set(re.findall(r"`(S3\w+|\w+Error|\w+Strategy)\b", page.read_text("utf-8")))
 
-        assert {name for name in named if not hasattr(s3dcp, name)} <= set(dir(builtins))
+        assert {name for name in named if not hasattr(s3dcp, name)} <= {*dir(builtins), *_BY_CODE}
 
     @every_page
     def test_settings_exist(self, page: Path) -> None:

@@ -99,6 +99,7 @@ def _run_snippets(snippets: list[Block]) -> list[int]:
         try:
             with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("error")
+                warnings.filterwarnings("ignore", "torch.distributed is")  # without a group
                 exec(code, namespace)
         finally:
             os.environ.clear()
@@ -121,6 +122,15 @@ class TestSnippets:
 
         scanned = [n + 1 for n, line in enumerate(lines_of(page), 1) if line.strip() == "```python"]
         assert ran == scanned
+
+    def test_the_readmes_run_without_a_process_group(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As in the terminal that `s3dcp serve` has been made known to."""
+        with FakeS3() as fake:
+            fake.create_bucket(_BUCKET)
+            for name, value in fake.environ().items():
+                monkeypatch.setenv(name, value)
+            assert _run_snippets(blocks_of("python"))
+            fake.check()
 
     def test_there_are_snippets(self) -> None:
         assert len(blocks_of("python")) >= 8

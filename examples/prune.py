@@ -12,7 +12,6 @@ Prints one JSON line for each checkpoint, and one for what no checkpoint names.
 
 import argparse
 import json
-import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -69,7 +68,7 @@ def prune(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Remove a run's old checkpoints.")
     parser.add_argument("--uri", required=True, help="the run: s3://bucket/prefix")
-    parser.add_argument("--region", default=os.environ.get("AWS_REGION", "us-east-1"))
+    parser.add_argument("--region", help="the bucket's; found by default")
     parser.add_argument("--newest", type=int, default=3, help="how many of the newest stay")
     parser.add_argument("--every", type=int, help="steps whose multiples stay for good")
     parser.add_argument("--delete", action="store_true", help="do it, rather than only tell")

@@ -236,13 +236,16 @@ def abort_uploads(uri: str, store: dict[str, Any], *, grace_s: float, really: bo
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),
-    default=9000,
-    show_default=True,
-    help="0 for a free one.",
+    default=0,
+    help="[default: a free one]",
 )
 @click.option("--bucket", "buckets", multiple=True, default=["trial"], show_default=True)
 def serve(port: int, buckets: Sequence[str]) -> None:
-    """Serve S3 from memory, to try things out."""
+    """Serve S3 from memory, to try things out.
+
+    Paste what it prints into another terminal: the commands there then reach it. Ctrl-C ends it,
+    and what it holds is gone.
+    """
     with suppress(KeyboardInterrupt), FakeS3(port=port) as server:
         for bucket in buckets:
             server.create_bucket(bucket)

@@ -62,6 +62,8 @@ _COPY_PART_BYTES = GiB
 class S3Store:
     """A `Store` over one aiobotocore client, for use on the loop that opened it.
 
+    Once it is open, `max_attempts` is what the engine is to go by.
+
     Args:
         region: The bucket's region. None: `AWS_REGION`, botocore's own sources, or else the bucket.
         config: The client's settings.
@@ -75,6 +77,7 @@ class S3Store:
         self._opening = asyncio.Lock()
         self._turns = Turns()
         self.conditional_writes = config.conditional_writes
+        self.max_attempts = config.max_attempts
 
     async def open(self) -> None:
         """Find the settings and make the client, which connects with the first request.
@@ -377,6 +380,7 @@ class S3Store:
     async def _make(self) -> Any:
         config = self._config
         session = AioSession(profile=config.profile)
+        self.max_attempts = config.attempts(session.get_config_variable("max_attempts"))
         loader = _loader(session.get_config_variable("data_path"))
         session.register_component("data_loader", loader)
         parsers = session.get_component("response_parser_factory")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Literal, get_args
 
 from s3dcp._errors import S3ConfigError
@@ -44,7 +44,8 @@ class S3ClientConfig:
         unsigned: Send requests without a signature (anonymous access to public buckets).
         force_path_style: Address buckets as `endpoint/bucket` instead of `bucket.endpoint`.
         max_attempts: How often one request is tried at most, the first time included; see
-            `retry_timeout_s`.
+            `retry_timeout_s`. Where it is the default, `AWS_MAX_ATTEMPTS` or the profile's
+            `max_attempts` counts instead.
         profile: A profile of the AWS configuration file.
         requester_pays: Accept the cost of requests to requester-pays buckets.
         endpoint_url: An S3-compatible store. Default: `AWS_ENDPOINT_URL_S3`, `AWS_ENDPOINT_URL`,
@@ -157,6 +158,19 @@ class S3ClientConfig:
 
     def _target_bytes_per_s(self) -> float:
         return self.throughput_target_gbps * 1e9 / 8 / local_world_size()
+
+    def attempts(self, found: int | None) -> int:
+        """How often one request is tried at most.
+
+        Args:
+            found: What the environment or the profile has for it.
+
+        Raises:
+            S3ConfigError: that cannot work.
+        """
+        if found is None or self.max_attempts != S3ClientConfig.max_attempts:
+            return self.max_attempts
+        return replace(self, max_attempts=found).max_attempts
 
     def memory_bytes(self) -> int:
         """Bytes of host memory for buffers of this process."""

@@ -68,8 +68,9 @@ _BY_STATUS: dict[int, type[S3ServiceError]] = {
 _HINTS: dict[type[S3Exception], str] = {
     errors.AccessDeniedError: (
         "check the policy of these credentials (s3:GetObject, s3:PutObject, s3:ListBucket, "
-        "s3:DeleteObject, s3:AbortMultipartUpload; kms:GenerateDataKey and kms:Decrypt where a KMS "
-        "key encrypts); without s3:ListBucket a missing key is answered like this too"
+        "s3:DeleteObject, s3:AbortMultipartUpload; s3:ListBucketMultipartUploads to abort uploads; "
+        "kms:GenerateDataKey and kms:Decrypt where a KMS key encrypts); without s3:ListBucket a "
+        "missing key is answered like this too"
     ),
     errors.BucketNotFoundError: "create the bucket, or correct its name or the endpoint",
     errors.ObjectNotFoundError: "look which checkpoints are complete, and load one of those",

@@ -254,7 +254,7 @@ async def _channel(here: Portal, region: str | None, config: S3ClientConfig) -> 
                 store=store,
                 slots=Slots(config.connections()),
                 retry=RetryPolicy(
-                    max_attempts=config.max_attempts, timeout_s=config.retry_timeout_s
+                    max_attempts=store.max_attempts, timeout_s=config.retry_timeout_s
                 ),
                 checksum=config.checksum,
                 pacer=pools.pacers.setdefault(_endpoint(config), Pacer()),

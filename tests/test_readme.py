@@ -1,4 +1,4 @@
-"""The README and the guide, run: their Python, imports, commands, policies and tables.
+"""The README and the guide, run: their Python, imports, commands and tables.
 
 Every Python block of a page runs, top to bottom, in one namespace on one rank, as the README's
 first comment says. No block can opt out: a fence of a language that is not known here fails a test,
@@ -11,40 +11,42 @@ import ast
 import builtins
 import contextlib
 import io
-import json
 import os
 import re
 import shlex
 import tomllib
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import boto3
+import botocore.exceptions
 import pytest
-from botocore.validate import ParamValidator
 from click.testing import CliRunner
 
 import s3dcp
 from s3dcp._cli import cli
+from s3dcp._failures import _BY_CODE
 from s3dcp.testing import FakeS3
+from tests._pages import PAGES, README, ROOT, Block, all_blocks, blocks_of, lines_of, rows_of
 from tests._servers import use
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from tests._ranks import RankPool
     from tests._servers import Server
 
-_ROOT = Path(__file__).parents[1]
-_README = _ROOT / "README.md"
-_PAGES = [_README, *sorted((_ROOT / "docs").glob("*.md"))]
 _LANGUAGES = {"python", "sh", "diff", "json"}
 _BUCKET = "my-bucket"
 _ENDPOINT = "https://s3.example.com"
-_PROGRAMS = {"pip", "torchrun", "s3dcp"}
+_PROGRAMS = {"torchrun", "s3dcp"}
+_TYPED = {"python3", ".", "pip", "python"}  # by tests.test_newcomer
 _NOT_RUN = {"serve"}
+_CODE = re.compile(r"`([^`]{8,})`")  # shorter ones are parts of names
+# S3's names for errors that mean nothing more to us than their status.
+_OF_STORES = {
+    *("Forbidden", "NotImplemented", "InvalidArgument", "MalformedXML"),
+    *("KMS.DisabledException", "KMS.NotFoundException"),
+}
 # Of the calls, s3fs and torch.
 _ARGUMENTS = {
     *("overwrite", "region", "weights_only", "thread_count", "use_collectives", "no_dist"),
@@ -54,65 +56,36 @@ _ARGUMENTS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
-    """A fenced block, and the line of its page that its first line is."""
-
-    page: Path
-    language: str
-    line: int
-    text: str
-
-
-def _lines(page: Path = _README) -> list[str]:
-    return page.read_text(encoding="utf-8").splitlines()
-
-
-def _blocks(language: str | None = None, page: Path = _README) -> list[Block]:
-    found: list[Block] = []
-    opened: tuple[str, int] | None = None
-    for number, line in enumerate(_lines(page), 1):
-        if not line.startswith("```"):
-            continue
-        if opened is None:
-            opened = line[3:], number + 1
-        else:
-            assert line == "```", f"{page.name}:{number}: a fence inside a fence"
-            text = "\n".join(_lines(page)[opened[1] - 1 : number - 1]) + "\n"
-            found.append(Block(page, *opened, text))
-            opened = None
-    assert opened is None, f"{page.name}: a fence that does not end"
-    return [block for block in found if language in (None, block.language)]
-
-
-def _all_blocks(language: str) -> list[Block]:
-    return [block for page in _PAGES for block in _blocks(language, page)]
-
-
-every_page = pytest.mark.parametrize("page", _PAGES, ids=lambda page: str(page.relative_to(_ROOT)))
-
-
-def _rows(first_cell: str) -> Iterator[list[str]]:
-    """The cells of the rows of the table with this heading."""
-    lines = iter([line for page in _PAGES for line in [*_lines(page), ""]])
-    for line in lines:
-        if line.startswith(f"| {first_cell} |"):
-            break
-    else:
-        pytest.fail(f"no page has a table that starts with {first_cell!r}")
-    next(lines)
-    for line in lines:
-        if not line.startswith("|"):
-            return
-        yield [cell.strip() for cell in line.strip("|").split(" | ")]
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def _names(cell: str) -> list[str]:
     return re.findall(r"`(\w+)`", cell)
 
 
+def _texts(tree: ast.AST) -> list[str]:
+    """The strings of a module that are no docstrings."""
+    nodes = list(ast.walk(tree))
+    docs = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
+    return [
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docs
+    ]
+
+
+def _errors() -> set[str]:
+    """Those that are raised: all but the two that only group others."""
+    every = {
+        name
+        for name in s3dcp.__all__
+        if isinstance(found := getattr(s3dcp, name), type) and issubclass(found, Exception)
+    }
+    return every - {"S3Exception", "CheckpointError"}
+
+
 def _pyproject() -> dict[str, Any]:
-    found: dict[str, Any] = tomllib.loads((_ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    found: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     return found["project"]  # type: ignore[no-any-return]
 
 
@@ -127,6 +100,7 @@ def _run_snippets(snippets: list[Block]) -> list[int]:
         try:
             with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
                 warnings.simplefilter("error")
+                warnings.filterwarnings("ignore", "torch.distributed is")  # without a group
                 exec(code, namespace)
         finally:
             os.environ.clear()
@@ -141,79 +115,60 @@ class TestSnippets:
         self, ranks1: RankPool, server: Server, bucket: str, page: Path
     ) -> None:
         snippets = []
-        for block in _blocks("python", page):
+        for block in blocks_of("python", page):
             text = block.text.replace(_BUCKET, bucket).replace(_ENDPOINT, server.endpoint_url)
             snippets.append(Block(page, block.language, block.line, text))
 
         [ran] = ranks1.run(_run_snippets, snippets)
 
-        scanned = [n + 1 for n, line in enumerate(_lines(page), 1) if line.strip() == "```python"]
+        scanned = [n + 1 for n, line in enumerate(lines_of(page), 1) if line.strip() == "```python"]
         assert ran == scanned
 
+    def test_the_readmes_run_without_a_process_group(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As in the terminal that `s3dcp serve` has been made known to."""
+        with FakeS3() as fake:
+            fake.create_bucket(_BUCKET)
+            for name, value in fake.environ().items():
+                monkeypatch.setenv(name, value)
+            assert _run_snippets(blocks_of("python"))
+            fake.check()
+
     def test_there_are_snippets(self) -> None:
-        assert len(_blocks("python")) >= 8
-        assert len(_all_blocks("python")) >= 18
+        assert len(blocks_of("python")) >= 8
+        assert len(all_blocks("python")) >= 18
 
     def test_what_stands_for_the_tests_own_is_used_and_said(self) -> None:
-        comment = _README.read_text(encoding="utf-8").partition("<!--")[2].partition("-->")[0]
+        comment = README.read_text(encoding="utf-8").partition("<!--")[2].partition("-->")[0]
         for stand_in in (_BUCKET, _ENDPOINT):
             assert f"`{stand_in}`" in comment
-            assert any(stand_in in block.text for block in _all_blocks("python"))
+            assert any(stand_in in block.text for block in all_blocks("python"))
 
     @every_page
     def test_no_block_hides(self, page: Path) -> None:
         """Every fence starts its line, and is of a language that something here checks."""
-        blocks = _blocks(page=page)
+        blocks = blocks_of(page=page)
 
         assert {block.language for block in blocks} <= _LANGUAGES
-        fences = [line for line in _lines(page) if "```" in line or "~~~" in line]
+        fences = [line for line in lines_of(page) if "```" in line or "~~~" in line]
         assert len(fences) == 2 * len(blocks)
-
-    def test_diffs_are_of_imports_that_work(self) -> None:
-        for block in _all_blocks("diff"):
-            signs = {line[:1] for line in block.text.splitlines()}
-            assert signs == {"-", "+"}
-            for sign in signs:
-                source = "\n".join(
-                    line[1:] for line in block.text.splitlines() if line.startswith(sign)
-                )
-                body = ast.parse(source).body
-                assert all(isinstance(statement, ast.ImportFrom) for statement in body)
-                exec(compile(source, f"{block.page}:{block.line}", "exec"), {})
-
-    def test_a_diff_replaces_every_name(self) -> None:
-        for block in _all_blocks("diff"):
-            removed, added = (
-                [
-                    alias.name
-                    for line in block.text.splitlines()
-                    if line.startswith(sign)
-                    for statement in ast.parse(line[1:]).body
-                    if isinstance(statement, ast.ImportFrom)
-                    for alias in statement.names
-                ]
-                for sign in "-+"
-            )
-            assert len(removed) == len(added)
-            assert all(name in s3dcp.__all__ for name in added)
 
 
 class TestCommands:
     def test_make_targets_exist(self) -> None:
-        makefile = (_ROOT / "Makefile").read_text(encoding="utf-8")
+        makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
         targets = set(re.findall(r"^([a-z]+):", makefile, re.MULTILINE))
-        named = re.findall(r"`make ([\w-]+)", _README.read_text(encoding="utf-8"))
+        named = re.findall(r"`make ([\w-]+)", README.read_text(encoding="utf-8"))
 
         assert {"demo", "test"} <= set(named) <= targets
 
     def test_shell_commands_name_what_exists(self) -> None:
         commands = [
             shlex.split(line, comments=True)
-            for block in _all_blocks("sh")
+            for block in all_blocks("sh")
             for line in block.text.splitlines()
         ]
 
-        assert {command[0] for command in commands} == _PROGRAMS
+        assert {command[0] for command in commands} == _PROGRAMS | _TYPED
         for command in commands:
             if command[0] == "torchrun":
                 _check_script(command[1:])
@@ -231,7 +186,7 @@ class TestCommands:
             fake.create_bucket(_BUCKET)
             for step in (100, 200, 300):
                 s3dcp.save({"step": step}, f"s3://{_BUCKET}/run/step-{step}")
-            for block in _blocks("sh", page):
+            for block in blocks_of("sh", page):
                 for line in block.text.splitlines():
                     program, *arguments = shlex.split(line, comments=True)
                     if program == "s3dcp" and arguments[0] not in _NOT_RUN:
@@ -240,12 +195,12 @@ class TestCommands:
             fake.check()
 
     def test_every_command_is_shown(self) -> None:
-        shown = re.findall(r"^s3dcp ([\w-]+)", _README.read_text(encoding="utf-8"), re.MULTILINE)
+        shown = re.findall(r"^s3dcp ([\w-]+)", README.read_text(encoding="utf-8"), re.MULTILINE)
 
         assert set(shown) == set(cli.commands)
 
     def test_extras_exist(self) -> None:
-        extras = set(re.findall(r"\.\[(\w+)\]", _README.read_text(encoding="utf-8")))
+        extras = set(re.findall(r"\.\[(\w+)\]", README.read_text(encoding="utf-8")))
 
         assert extras
         assert extras <= set(_pyproject()["optional-dependencies"])
@@ -253,61 +208,17 @@ class TestCommands:
 
 def _check_script(arguments: list[str]) -> None:
     [script] = [word for word in arguments if word.endswith(".py")]
-    source = (_ROOT / script).read_text(encoding="utf-8")
+    source = (ROOT / script).read_text(encoding="utf-8")
     for option in arguments[arguments.index(script) + 1 :]:
         if option.startswith("--"):
             assert f'"{option}"' in source, f"{script} has no {option}"
-
-
-class TestPolicies:
-    """What is to be copied is what AWS takes, as far as botocore and the engine know."""
-
-    def test_each_is_a_policy_or_a_lifecycle(self) -> None:
-        found = [json.loads(block.text) for block in _all_blocks("json")]
-
-        assert len(found) == 3
-        assert [sorted(each) for each in found] == [["Statement", "Version"], ["Rules"], ["Rules"]]
-
-    def test_lifecycles_are_what_s3_takes(self) -> None:
-        with FakeS3() as fake:
-            client = boto3.client("s3", region_name=fake.region)
-            for block in _all_blocks("json"):
-                rules = json.loads(block.text)
-                if "Rules" not in rules:
-                    continue
-                shape = client.meta.service_model.operation_model(
-                    "PutBucketLifecycleConfiguration"
-                ).input_shape
-                given = {"Bucket": _BUCKET, "LifecycleConfiguration": rules}
-                assert not ParamValidator().validate(given, shape).has_errors()
-            client.close()
-
-    def test_the_policy_allows_what_is_asked(self) -> None:
-        """Every request that s3dcp sends has its action in the policy, and no other is in it."""
-        [policy] = [
-            found
-            for block in _all_blocks("json")
-            if "Statement" in (found := json.loads(block.text))
-        ]
-        allowed = {action for each in policy["Statement"] for action in each["Action"]}
-
-        assert policy["Version"] == "2012-10-17"
-        assert all(each["Effect"] == "Allow" for each in policy["Statement"])
-        assert allowed == {
-            *("s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:ListBucket"),
-            *("s3:AbortMultipartUpload", "s3:ListBucketMultipartUploads"),
-            *("kms:GenerateDataKey", "kms:Decrypt"),
-        }
-        for each in policy["Statement"]:
-            objects = {"s3:GetObject", "s3:PutObject"} & set(each["Action"])
-            assert each["Resource"].endswith("/*") == bool(objects)
 
 
 class TestTables:
     def test_configuration(self) -> None:
         told = {
             _names(name)[0]: ast.literal_eval(default.strip("`"))
-            for name, default, _ in _rows("`S3ClientConfig` field")
+            for name, default, _ in rows_of("`S3ClientConfig` field")
         }
 
         assert told == {
@@ -316,19 +227,37 @@ class TestTables:
         assert list(told) == [field.name for field in fields(s3dcp.S3ClientConfig)]
 
     def test_errors(self) -> None:
-        """Each is told of once, all but the two that only group others."""
-        told = [name for error, _ in _rows("error") for name in _names(error)]
-        raised = {
-            name
-            for name in s3dcp.__all__
-            if isinstance(found := getattr(s3dcp, name), type) and issubclass(found, Exception)
-        }
+        """Each is told of once."""
+        told = [name for error, _ in rows_of("error") for name in _names(error)]
 
         assert len(told) == len(set(told))
-        assert set(told) == raised - {"S3Exception", "CheckpointError"}
+        assert set(told) == _errors()
+
+    def test_messages(self) -> None:
+        """Each is one of ours, of botocore's, or S3's name for an error; every error has one."""
+        ours = "\n".join(
+            text
+            for path in Path(s3dcp.__file__).parent.glob("_*.py")
+            for text in _texts(ast.parse(path.read_text(encoding="utf-8")))
+        )
+        theirs = "\n".join(
+            found.fmt
+            for found in vars(botocore.exceptions).values()
+            if isinstance(found, type) and issubclass(found, botocore.exceptions.BotoCoreError)
+        )
+        rows = list(rows_of("message"))
+        told = {
+            text: error.strip("`") for cell, error, _ in rows for text in re.findall(_CODE, cell)
+        }
+
+        assert {text for text in told if text not in ours + theirs} == _OF_STORES
+        assert {code: _BY_CODE[code].__name__ for code in told.keys() & _BY_CODE} == {
+            code: error for code, error in told.items() if code in _BY_CODE
+        }
+        assert {name for _, error, _ in rows for name in _names(error)} == _errors()
 
     def test_support_matrix(self) -> None:
-        supported = {name: cell for name, cell, _ in _rows("part")}
+        supported = {name: cell for name, cell, _ in rows_of("part")}
         project = _pyproject()
         ranges = {
             name: bounds
@@ -343,7 +272,7 @@ class TestTables:
     def test_prefix_strategies(self) -> None:
         told = {
             name
-            for strategy, _ in _rows("strategy")
+            for strategy, _ in rows_of("strategy")
             for name in re.findall(r"\w+Strategy\w*", strategy)
         }
 
@@ -360,10 +289,10 @@ def _anchors(page: Path) -> set[str]:
 class TestText:
     @every_page
     def test_names_exist(self, page: Path) -> None:
-        """Whatever looks like one of s3dcp's names is one, or Python's, torch's, or the peer's."""
+        """Whatever looks like one of s3dcp's names is one, or Python's, or S3's for an error."""
         named = set(re.findall(r"`(S3\w+|\w+Error|\w+Strategy)\b", page.read_text("utf-8")))
 
-        assert {name for name in named if not hasattr(s3dcp, name)} <= set(dir(builtins))
+        assert {name for name in named if not hasattr(s3dcp, name)} <= {*dir(builtins), *_BY_CODE}
 
     @every_page
     def test_settings_exist(self, page: Path) -> None:
@@ -383,13 +312,13 @@ class TestText:
 
     def test_the_guide_is_whole(self) -> None:
         """Its index leads to every page, and the README to the index."""
-        index = (_ROOT / "docs" / "README.md").read_text("utf-8")
+        index = (ROOT / "docs" / "README.md").read_text("utf-8")
 
-        assert all(page.name in index for page in _PAGES if page.parent.name == "docs")
-        assert "docs/README.md" in _README.read_text("utf-8")
+        assert all(page.name in index for page in PAGES if page.parent.name == "docs")
+        assert "docs/README.md" in README.read_text("utf-8")
 
     def test_the_version_is_in_the_changelog(self) -> None:
-        changelog = (_ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+        changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
         newest = re.search(r"^## \[([^\]]+)\]", changelog, re.MULTILINE)
 
         assert newest is not None

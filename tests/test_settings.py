@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 import trustme
 
-from s3dcp import S3ClientConfig, S3ConfigError
+from s3dcp import S3Client, S3ClientConfig, S3ConfigError, ServerError
 from s3dcp._client import S3Store
+from s3dcp.testing import FakeS3, internal_error
+from tests._fakes import BUCKET, addressed
 from tests._scripted import Scripted, answer
 
 CONFIG = """
@@ -26,6 +28,7 @@ aws_secret_access_key = secret
 region = eu-north-1
 endpoint_url = http://profile
 ca_bundle = {folder}/profile.pem
+max_attempts = 4
 aws_access_key_id = key-training
 aws_secret_access_key = secret
 [profile serving]
@@ -50,6 +53,7 @@ class Resolved:
     endpoint_url: str
     access_key: str | None
     ca_bundle: str | None
+    max_attempts: int
 
 
 async def _resolve(region: str | None, config: S3ClientConfig) -> Resolved:
@@ -65,6 +69,7 @@ async def _resolve(region: str | None, config: S3ClientConfig) -> Resolved:
             endpoint_url=client.meta.endpoint_url,
             access_key=found and found.access_key,
             ca_bundle=Path(verify).name if isinstance(verify, str) else None,
+            max_attempts=store.max_attempts,
         )
     finally:
         await store.close()
@@ -138,6 +143,11 @@ def files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
             *({"AWS_CA_BUNDLE": "environment.pem"}, {"ca_bundle": "given.pem"}),
             *("ca_bundle", "given.pem"),
         ),
+        # Attempts.
+        ({}, {}, "max_attempts", 10),
+        ({}, {"profile": "training"}, "max_attempts", 4),
+        ({"AWS_MAX_ATTEMPTS": "3"}, {"profile": "training"}, "max_attempts", 3),
+        ({"AWS_MAX_ATTEMPTS": "3"}, {"max_attempts": 5}, "max_attempts", 5),
     ],
 )
 def test_the_nearest_wins(
@@ -146,7 +156,7 @@ def test_the_nearest_wins(
     environ: dict[str, str],
     settings: dict[str, Any],
     name: str,
-    found: str | None,
+    found: str | int | None,
 ) -> None:
     for variable, value in environ.items():
         monkeypatch.setenv(variable, str(files / value) if value.endswith(".pem") else value)
@@ -174,7 +184,7 @@ def test_a_profile_that_is_not_there(files: Path, monkeypatch: pytest.MonkeyPatc
 def test_what_the_engine_does_is_not_the_files_to_set(
     files: Path, monkeypatch: pytest.MonkeyPatch, setting: str
 ) -> None:
-    """Retries and checksums are the engine's: botocore's would come on top."""
+    """The engine retries and sums: what botocore did would come on top."""
     name, _, value = setting.partition("=")
     monkeypatch.setenv(name, value or "when_supported")
 
@@ -191,6 +201,22 @@ def test_what_the_engine_does_is_not_the_files_to_set(
     assert config.retries["total_max_attempts"] == 1
     assert config.request_checksum_calculation == "when_required"
     assert config.response_checksum_validation == "when_required"
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "many"])
+def test_attempts_that_cannot_be(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", value)
+    with pytest.raises(S3ConfigError, match=f"{value}.*AWS_"):
+        resolve()
+
+
+def test_the_engine_goes_by_the_attempts_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "2")
+    with FakeS3() as server, addressed(server):
+        server.inject(internal_error(), times=None)
+        with pytest.raises(ServerError, match="given up after 2 attempts"):
+            asyncio.run(S3Client().head_object(BUCKET, "key"))
+        assert len(server.requests) == 2
 
 
 def test_a_role_by_its_profile(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:

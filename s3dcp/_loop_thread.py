@@ -21,6 +21,8 @@ _log = logging.getLogger("s3dcp.portal")
 # Nothing runs any more: what still waits then waits for a peer that does not read.
 _CLOSE_S = 2.0
 _MAX_WORKERS = 4
+# aiohttp asks for a host once at a time: one that hangs takes one of them.
+_RESOLVERS = 2
 
 
 def worker_count() -> int:
@@ -31,7 +33,7 @@ def worker_count() -> int:
 def new_event_loop() -> asyncio.AbstractEventLoop:
     """Return uvloop's loop where that is installed, asyncio's otherwise.
 
-    Names are looked up by the loop's workers, as asyncio does. uvloop would start libuv's own
+    Names are looked up by the loop's default executor, as asyncio does. uvloop would start libuv's own
     threads for that, whose ends libuv waits for when the process ends: also in a fork, which does
     not have them, and crashes.
     """
@@ -50,10 +52,23 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     return Loop()
 
 
-class LoopThread:
-    """The thread, and its workers. All are started at once, and never another.
+class _Here(threading.local):
+    workers: Workers | None = None
 
-    Python 3.12 and later start no threads while the interpreter exits, and an `async_save` may
+
+_here = _Here()
+
+
+def workers() -> Workers | None:
+    """Return the workers of the loop that runs on this thread; None if it is not a portal's."""
+    return _here.workers
+
+
+class LoopThread:
+    """The thread, its workers and its resolvers. All are started at once, and never another.
+
+    The loop's default executor looks names up, and does nothing else: where a resolver hangs,
+    checksums do not wait for it. Python 3.12 and later start no threads while the interpreter exits, and an `async_save` may
     still be in flight then.
 
     Args:
@@ -80,6 +95,7 @@ class LoopThread:
         self._closing = False
         self._pid = os.getpid()
         self._workers = Workers(worker_count())
+        self._resolvers = Workers(_RESOLVERS, "s3dcp-resolver")
         self._thread = threading.Thread(target=self._run, name="s3dcp-portal", daemon=True)
         try:
             self.loop = loop_factory()
@@ -87,13 +103,14 @@ class LoopThread:
             raise PortalError(f"The I/O thread could not start: {exc}") from exc
         try:
             self._workers.start()
+            self._resolvers.start()
             self._thread.start()
         except RuntimeError as exc:
-            self._workers.shutdown()
+            self._let_go()
             self.loop.close()
             raise PortalError(f"The I/O thread could not start: {exc}") from exc
         except BaseException:  # an interrupt
-            self._workers.shutdown()
+            self._let_go()
             self.loop.call_soon_threadsafe(self.loop.stop)
             raise
 
@@ -147,12 +164,18 @@ class LoopThread:
                 self._closing = True
                 self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join(GRACE_S)
-        self._workers.shutdown()  # of a loop that hangs, too
+        self._let_go()  # of a loop that hangs, too
         self._workers.join(GRACE_S)
+        self._resolvers.join(_CLOSE_S)  # nothing ends a lookup that hangs
+
+    def _let_go(self) -> None:
+        self._workers.shutdown()
+        self._resolvers.shutdown()
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
-        self.loop.set_default_executor(self._workers)
+        self.loop.set_default_executor(self._resolvers)
+        _here.workers = self._workers
         try:
             self.loop.run_forever()
         finally:
@@ -161,7 +184,8 @@ class LoopThread:
             try:
                 self.loop.run_until_complete(self._shut())
             finally:
-                self.loop.close()  # and with it the workers
+                self.loop.close()
+                self._let_go()
                 self._at_end()
 
     async def _shut(self) -> None:

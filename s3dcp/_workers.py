@@ -22,13 +22,14 @@ class Workers(ThreadPoolExecutor):
 
     Args:
         count: How many.
+        name: What the threads' names begin with.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, name: str = "s3dcp-worker") -> None:
         super().__init__(max_workers=count)
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._daemons = [
-            threading.Thread(target=self._run, name=f"s3dcp-worker-{n}", daemon=True)
+            threading.Thread(target=self._run, name=f"{name}-{n}", daemon=True)
             for n in range(count)
         ]
 

@@ -79,7 +79,6 @@ class Census:
     tasks: int
     threads: int
     descriptors: int
-    resident_bytes: int
 
     @classmethod
     def take(cls) -> Census:
@@ -91,8 +90,6 @@ class Census:
             tasks=portal().call(tasks),
             threads=threading.active_count(),
             descriptors=len(list(Path("/proc/self/fd").iterdir())),
-            resident_bytes=int(Path("/proc/self/statm").read_text().split()[1])
-            * os.sysconf("SC_PAGESIZE"),
         )
 
 
@@ -108,6 +105,24 @@ def nothing_left(connections: int = CONNECTIONS) -> Iterator[None]:
 
 def state_of(number: int) -> StateDict:
     return {"weights": fill((64, 16), seed=number), "bias": fill((16,), seed=number), "n": number}
+
+
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+
+
+def bytes_in_use() -> int:
+    """Return what is resident when all that is free has been given back to the system.
+
+    What glibc's malloc keeps comes and goes by 90 MB in this test, as one small block or another
+    happens to lie behind the large ones; what is in use stays the same to 0.1 MB.
+    """
+    gc.collect()
+    malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if malloc_trim is None:
+        pytest.skip("needs glibc")
+    malloc_trim(0)
+    return resident_bytes()
 
 
 # At once.
@@ -248,7 +263,7 @@ def peak_of(max_bytes: int) -> Iterator[None]:
     """Assert that the process needs at most so much memory more than before."""
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = Census.take().resident_bytes
+    before = resident_bytes()
     yield
     [line] = [
         line for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line
@@ -280,11 +295,12 @@ def test_soak(server: FakeS3Process, unlogged: None) -> None:
             count += 1
         return count
 
+    # The first hundreds fill caches, of torch's among them.
     rounds(SOAK_S / 4)
-    before = Census.take()
+    before, before_bytes = Census.take(), bytes_in_use()
     count = rounds(SOAK_S)
-    after = Census.take()
+    after, after_bytes = Census.take(), bytes_in_use()
     assert (after.tasks, after.threads) == (before.tasks, before.threads)
     assert after.descriptors <= before.descriptors + CONNECTIONS
-    # An allocator's own comings and goings, and not one state that was kept.
-    assert after.resident_bytes - before.resident_bytes < 16 * MiB, f"after {count} rounds"
+    # Not one state that was kept; in ten minutes, not 100 bytes of each.
+    assert after_bytes - before_bytes < (MiB if SOAKING else 8 * MiB), f"after {count} rounds"

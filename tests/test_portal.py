@@ -108,7 +108,7 @@ class TestCalls:
 
         assert own.call(where) == ("s3dcp-portal", True)
 
-    def test_names_are_looked_up_by_its_workers(self, own: Portal) -> None:
+    def test_names_are_looked_up_by_threads_of_its_own(self, own: Portal) -> None:
         """And not by libuv's threads, which a fork would wait for when it ends."""
 
         async def look_up() -> list[Any]:
@@ -120,6 +120,32 @@ class TestCalls:
         threads = len(list(Path("/proc/self/task").iterdir()))
         assert {address[4][0] for address in own.call(look_up)} <= {"127.0.0.1", "::1"}
         assert len(list(Path("/proc/self/task").iterdir())) == threads
+
+    def test_lookups_that_hang_hold_up_no_work(
+        self, either: Portal, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """However many: those of its workers, too, would be taken."""
+        release = threading.Event()
+        started = threading.Semaphore(0)
+
+        def hang(*_: object, **__: object) -> list[object]:
+            started.release()
+            release.wait(_TIMEOUT_S)
+            return []
+
+        async def look_up() -> None:
+            await asyncio.get_running_loop().getaddrinfo("hangs.invalid", 443)
+
+        monkeypatch.setattr(socket, "getaddrinfo", hang)
+        calls = [either.submit(look_up) for _ in range(worker_count() + 1)]
+        try:
+            assert started.acquire(timeout=_TIMEOUT_S)
+            assert either.call(offload, sum, range(5)) == 10
+            assert not any(call.done for call in calls)
+        finally:
+            release.set()
+        for call in calls:
+            either.wait(call)
 
     def test_uvloop_is_not_made_everyones(self, own: Portal) -> None:
         with closing(asyncio.new_event_loop()) as loop:
@@ -425,7 +451,9 @@ class TestClose:
         own = Portal()
         assert own.is_alive
         started = set(threading.enumerate()) - before
-        assert {thread.name.rpartition("-")[0] for thread in started} <= {"s3dcp", "s3dcp-worker"}
+        assert {thread.name.rpartition("-")[0] for thread in started} == {
+            *("s3dcp", "s3dcp-worker", "s3dcp-resolver")
+        }
         for _ in range(3):
             own.close()
             assert not own.is_alive

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +42,6 @@ from tests._states import MiB, StateDict, assert_same, blank, fill
 
 if TYPE_CHECKING:
     from io import BytesIO
-
-    from tests._ranks import RankPool
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is :UserWarning")
 
@@ -160,6 +159,13 @@ def use_pickled(data: bytes) -> bytes:
     return pickle.dumps((writer, caught.value))
 
 
+@pytest.fixture(scope="module")
+def spawned() -> Iterator[Executor]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        yield executor
+
+
+@pytest.mark.xdist_group("spawned")
 @pytest.mark.parametrize(
     ("strategy", "constructor"),
     [
@@ -170,7 +176,7 @@ def use_pickled(data: bytes) -> bytes:
     ids=["sequential", "range_based", "dcp_optimized"],
 )
 def test_what_is_in_use_goes_to_a_spawned_process_and_back(
-    server: FakeS3, ranks1: RankPool, strategy: Any, constructor: Any
+    server: FakeS3, spawned: Executor, strategy: Any, constructor: Any
 ) -> None:
     """With a live portal, a client, a plan and a checkpoint's metadata on either side."""
     writer = S3StorageWriter(None, NEW, CONFIG, strategy, thread_count=2)
@@ -178,8 +184,8 @@ def test_what_is_in_use_goes_to_a_spawned_process_and_back(
     reader = S3StorageReader(None, NEW, CONFIG, constructor)
     dcp.load(blank(state_of(1)), storage_reader=reader, no_dist=True)
 
-    [data] = ranks1.run(use_pickled, pickle.dumps((writer, reader)))
-    again, failed = pickle.loads(data)
+    used = spawned.submit(use_pickled, pickle.dumps((writer, reader)))
+    again, failed = pickle.loads(used.result())
     assert again.fs.client.s3client_config == CONFIG
     assert again.prefix_strategy(0) == writer.prefix_strategy(0)
     [(error, _)] = failed.failures.values()

@@ -17,15 +17,15 @@ FORKS = 10
 BODY = bytes(range(256)) * 4096 * 6  # in two parts
 
 
-def main(endpoint_url: str) -> None:
+def main(endpoint_url: str, bucket: str) -> None:
     client = S3Client("us-east-1", S3ClientConfig(endpoint_url=endpoint_url, part_size=5 << 20))
     here, _ = client.connect()
-    here.call(client.put_object, "life", "forks", BODY)  # names are looked up, connections open
+    here.call(client.put_object, bucket, "forks", BODY)  # names are looked up, connections open
     ends: Counter[int] = Counter()
 
     async def puts() -> None:
         while ends.total() < FORKS:
-            await client.put_object("life", "forks", BODY)
+            await client.put_object(bucket, "forks", BODY)
 
     gc.freeze()  # so that children need not look at all of it when they end
     putting = here.submit(puts)
@@ -34,9 +34,9 @@ def main(endpoint_url: str) -> None:
             sys.exit(0)
         ends[os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])] += 1
     putting.result()
-    assert here.call(client.get_object, "life", "forks") == BODY
+    assert here.call(client.get_object, bucket, "forks") == BODY
     sys.stdout.write(f"{dict(ends)}\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2])

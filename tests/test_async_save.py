@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -28,11 +26,13 @@ from s3dcp import (
     S3StorageReader,
     S3StorageWriter,
 )
+from tests._forked import Zygote, say
 from tests._states import MiB, StateDict, assert_same, blank, fill, same_bits
 
 if TYPE_CHECKING:
     from io import BytesIO
-    from pathlib import Path
+
+    from torch.distributed.checkpoint.metadata import StorageMeta
 
     from tests._ranks import RankPool
 
@@ -242,63 +242,63 @@ def test_a_writer_that_has_saved_can_be_used_by_a_process(bucket: str) -> None:
     assert_same(loaded(f"s3://{bucket}/ck", state_of(2)), state_of(2))
 
 
-# The save goes on when the interpreter, in its last act, waits for the saving thread: executors
-# take no more work then, and Python 3.12 starts no more threads.
-EXITING = """
-import sys
-import threading
-
-import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-
-from s3dcp import S3ClientConfig, S3StorageWriter
-
-started, exiting = threading.Event(), threading.Event()
-
-
 class ExitPlanner(DefaultSavePlanner):
-    def set_up_planner(self, *args, **kwargs):
+    """Gives no data out before the interpreter, in its last act, waits for the saving thread.
+
+    Executors take no more work then, and Python 3.12 starts no more threads.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started, self._exiting = threading.Event(), threading.Event()
+
+    def set_up_planner(
+        self,
+        state_dict: StateDict,
+        storage_meta: StorageMeta | None = None,
+        is_coordinator: bool = False,
+    ) -> None:
+        """See when this thread is waited for."""
         worker = threading.current_thread()
         join = worker.join
 
-        def joined(timeout=None):
-            exiting.set()
+        def joined(timeout: float | None = None) -> None:
+            self._exiting.set()
             join(timeout)
 
-        worker.join = joined
-        started.set()
-        super().set_up_planner(*args, **kwargs)
+        worker.join = joined  # type: ignore[method-assign]
+        self.started.set()
+        super().set_up_planner(state_dict, storage_meta, is_coordinator)
 
-    def resolve_data(self, write_item):
-        assert exiting.wait(60)
+    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | BytesIO:
+        """Wait first."""
+        assert self._exiting.wait(60)
         return super().resolve_data(write_item)
 
 
-state = {str(n): torch.full((1000 * n, 1024), float(n)) for n in range(1, 6)} | {"step": 7}
-config = S3ClientConfig(part_size=5 << 20)
-for path in sys.argv[1:]:
-    started.clear()
-    writer = S3StorageWriter(None, path, config, thread_count=2)
-    dcp.async_save(state, storage_writer=writer, planner=ExitPlanner(), no_dist=True)
-    assert started.wait(60)
-for value in state.values():
-    if isinstance(value, torch.Tensor):
-        value.zero_()
-print("leaving")
-"""
+def rows() -> StateDict:
+    return {str(n): torch.full((1000 * n, 1024), float(n)) for n in range(1, 6)} | {"step": 7}
 
 
-def test_the_interpreter_exits_with_saves_in_flight(boto: Any, bucket: str, tmp_path: Path) -> None:
-    script = tmp_path / "script.py"
-    script.write_text(EXITING)
+def exit_with_saves(*uris: str) -> None:
+    state = rows()
+    for uri in uris:
+        planner = ExitPlanner()
+        writer = S3StorageWriter(None, uri, S3ClientConfig(part_size=5 * MiB), thread_count=2)
+        dcp.async_save(state, storage_writer=writer, planner=planner, no_dist=True)
+        assert planner.started.wait(60)
+    for value in state.values():
+        if isinstance(value, torch.Tensor):
+            value.zero_()
+    say("leaving")
+
+
+def test_the_interpreter_exits_with_saves_in_flight(zygote: Zygote, boto: Any, bucket: str) -> None:
     uris = [f"s3://{bucket}/1", "s3://no-such-bucket-4711/ck", f"s3://{bucket}/2"]
-    done = subprocess.run(
-        [sys.executable, script, *uris], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert done.stdout == "leaving\n"
-    assert "Traceback" not in done.stderr
+    code, output = zygote.start(exit_with_saves, *uris).end()
+    assert code == 0, output
+    assert "leaving\n" in output
+    assert "Traceback" not in output
     assert len(boto.list_objects_v2(Bucket=bucket)["Contents"]) == 6
-    expected: StateDict = {str(n): torch.full((1000 * n, 1024), float(n)) for n in range(1, 6)}
     for uri in uris[::2]:
-        assert_same(loaded(uri, expected | {"step": 7}), expected | {"step": 7})
+        assert_same(loaded(uri, rows()), rows())

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -34,6 +32,7 @@ from s3dcp import (
     ServerError,
 )
 from s3dcp._portal import portal
+from tests._forked import Zygote
 from tests._scripted import Request, Scripted, Serve, answer, error, forward, hang
 from tests._servers import Server
 
@@ -177,31 +176,26 @@ class TestWriting:
         assert loaded["b"] == "text"
 
 
+def raise_in_the_block(uri: str) -> None:
+    with S3FileSystem(None).create_stream(uri, "wb") as stream:
+        stream.write(bytes(6 * PART))  # more than is sent ahead: the upload is under way
+        raise LookupError("in the block")
+
+
 def test_a_process_that_ends_by_the_exception_leaves_no_upload(
-    serve: Serve, server: Server, boto: Any, bucket: str
+    serve: Serve, zygote: Zygote, server: Server, boto: Any, bucket: str
 ) -> None:
     """The upload is dropped before the exception goes on, which may end the process."""
-    program = f"""
-from s3dcp import S3FileSystem
-with S3FileSystem("{server.region}").create_stream("s3://{bucket}/key", "wb") as stream:
-    stream.write(bytes({6 * PART}))  # more than is sent ahead: the upload is under way
-    raise LookupError("in the block")
-"""
     busy, real = [error(503, "SlowDown")] * 2, forward(server.endpoint_url)
 
     def handle(request: Request) -> Any:
         return busy.pop() if request.method == "DELETE" and busy else real(request)
 
     with serve(handle) as scripted:
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env=os.environ | server.environ() | {"AWS_ENDPOINT_URL": scripted.endpoint_url},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert done.returncode == 1
-    assert done.stderr.splitlines()[-1] == "LookupError: in the block"
+        url = {"AWS_ENDPOINT_URL": scripted.endpoint_url}
+        code, output = zygote.start(raise_in_the_block, f"s3://{bucket}/key", **url).end()
+    assert code == 1
+    assert output.splitlines()[-1] == "LookupError: in the block"
     assert left_uploads(boto, bucket) == []
     assert keys(boto, bucket) == []
 

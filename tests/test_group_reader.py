@@ -21,21 +21,16 @@ from tests._ranks import RankPool
 URI = uri_of("run/step-1")
 
 
-@pytest.fixture
-def server(fake: FakeS3) -> FakeS3:
-    return fake
-
-
 @pytest.fixture(params=[2, 4])
 def pool(request: pytest.FixtureRequest, ranks2: RankPool, ranks4: RankPool) -> RankPool:
     return {2: ranks2, 4: ranks4}[request.param]
 
 
-def reads(server: FakeS3) -> list[str]:
+def reads(fake: FakeS3) -> list[str]:
     """The names of the metadata that were read in whole, in order."""
     return sorted(
         record.key.rpartition("/")[2]
-        for record in server.requests
+        for record in fake.requests
         if record.operation == "GetObject"
         and record.key.endswith(".metadata")
         and "range" not in record.headers
@@ -101,35 +96,35 @@ def load_failing(uri: str, rank: int) -> tuple[str, str]:
     return load(uri, planner=FailsIn(rank))
 
 
-def test_it_is_read_once(pool: RankPool, server: FakeS3) -> None:
+def test_it_is_read_once(pool: RankPool, fake: FakeS3) -> None:
     pool.run(save, URI)
-    before = len(reads(server))
+    before = len(reads(fake))
     assert pool.run(load, URI) == [("", "")] * pool.world_size
-    assert reads(server)[before:] == [".metadata"]
+    assert reads(fake)[before:] == [".metadata"]
     assert pool.run(load_awaited, URI) == [7] * pool.world_size
-    assert reads(server)[before:] == [".metadata"] * 2
+    assert reads(fake)[before:] == [".metadata"] * 2
 
 
-def test_each_group_has_a_coordinator(ranks4: RankPool, server: FakeS3) -> None:
+def test_each_group_has_a_coordinator(ranks4: RankPool, fake: FakeS3) -> None:
     ranks4.run(save, URI)
-    before = len(reads(server))
+    before = len(reads(fake))
     assert ranks4.run(load_in_halves, URI) == [("", "")] * 4
-    assert reads(server)[before:] == [".metadata"] * 2
+    assert reads(fake)[before:] == [".metadata"] * 2
 
 
-def test_without_a_group_all_read(ranks2: RankPool, server: FakeS3) -> None:
+def test_without_a_group_all_read(ranks2: RankPool, fake: FakeS3) -> None:
     ranks2.run(save, URI)
-    before = len(reads(server))
+    before = len(reads(fake))
     assert ranks2.run(load_alone, URI) == [("", "")] * 2
-    assert reads(server)[before:] == [".metadata"] * 2
+    assert reads(fake)[before:] == [".metadata"] * 2
 
 
-def test_what_ranks_committed_by_themselves(ranks2: RankPool, server: FakeS3) -> None:
+def test_what_ranks_committed_by_themselves(ranks2: RankPool, fake: FakeS3) -> None:
     """There is no `.metadata`: one rank finds that out, and then all read their own."""
     ranks2.run(save_without_collectives, URI)
-    before = len(server.requests)
+    before = len(fake.requests)
     assert ranks2.run(load, URI) == [("", "")] * 2
-    asked = [each.key for each in server.requests[before:] if each.key.endswith("metadata")]
+    asked = [each.key for each in fake.requests[before:] if each.key.endswith("metadata")]
     names = sorted(key.rpartition("/")[2] for key in asked)
     assert names == [".metadata", "__0.metadata", "__1.metadata"]
 
@@ -138,8 +133,8 @@ def test_what_ranks_committed_by_themselves(ranks2: RankPool, server: FakeS3) ->
     ("code", "error"),
     [("AccessDenied", "AccessDeniedError"), ("InternalError", "ServerError")],
 )
-def test_an_error_is_everyones(pool: RankPool, server: FakeS3, code: str, error: str) -> None:
-    rule = server.inject(Refuse(code, status=403 if code == "AccessDenied" else 500), times=None)
+def test_an_error_is_everyones(pool: RankPool, fake: FakeS3, code: str, error: str) -> None:
+    rule = fake.inject(Refuse(code, status=403 if code == "AccessDenied" else 500), times=None)
     config = s3dcp.S3ClientConfig(max_attempts=1)
     found = pool.run(load, URI, s3client_config=config)
 
@@ -149,17 +144,17 @@ def test_an_error_is_everyones(pool: RankPool, server: FakeS3, code: str, error:
     assert len(rule.struck) == 1
 
 
-def test_all_unpickle_it_by_themselves(ranks2: RankPool, server: FakeS3) -> None:
-    server.write(BUCKET, "run/step-1/.metadata", b"\x80\x04cos\nsystem\n(X\x01\x00\x00\x00atR.")
+def test_all_unpickle_it_by_themselves(ranks2: RankPool, fake: FakeS3) -> None:
+    fake.write(BUCKET, "run/step-1/.metadata", b"\x80\x04cos\nsystem\n(X\x01\x00\x00\x00atR.")
     found = ranks2.run(load, URI)
 
     assert [name for name, _ in found] == ["CorruptMetadataError"] * 2
-    assert reads(server) == [".metadata"]
+    assert reads(fake) == [".metadata"]
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_fails_does_not_keep_the_others(
-    ranks2: RankPool, server: FakeS3, rank: int
+    ranks2: RankPool, fake: FakeS3, rank: int
 ) -> None:
     ranks2.run(save, URI)
     assert ranks2.run(load_failing, URI, rank) == [("S3Exception", "not here")] * 2

@@ -19,6 +19,7 @@ import torch.distributed.checkpoint as dcp
 from s3dcp import S3ClientConfig, S3StorageReader, S3StorageWriter
 from s3dcp._portal import portal
 from s3dcp.testing import Exchange, FakeS3, Fault, Stall
+from tests._fakes import BUCKET, uri_of
 from tests._forked import Zygote, await_go, say
 from tests._scripted import LEAN
 from tests._states import MiB, assert_same, blank, fill
@@ -29,7 +30,7 @@ pytestmark = [
 ]
 
 PART = S3ClientConfig(part_size=5 * MiB, conditional_writes=True)
-URI = "s3://life/ck"
+URI = uri_of("ck")
 OLD = {"large": fill((2200, 1024), seed=1), "small": fill((3,), seed=2)}
 NEW = {"large": fill((2200, 1024), seed=3), "small": fill((3,), seed=4)}
 
@@ -53,7 +54,6 @@ def test_a_hot_loop_of_calls_is_interrupted_hundreds_of_times(loop: str) -> None
 @pytest.fixture
 def server(fake: FakeS3) -> FakeS3:
     """A server that holds the old checkpoint."""
-    fake.create_bucket("life")
     save(OLD)
     return fake
 
@@ -140,7 +140,7 @@ def test_a_save_is_interrupted(
     server: FakeS3, zygote: Zygote, moment: str, number: signal.Signals
 ) -> None:
     """At once, although the server would hold the request for ever; and nothing is left of it."""
-    before = server.keys("life")
+    before = server.keys(BUCKET)
     fault, request = SAVING[moment]
     rule = server.inject(fault, **request)
     child = zygote.start(save_interrupted)
@@ -150,8 +150,8 @@ def test_a_save_is_interrupted(
     raised, running = json.loads(child.read_line())
     assert raised == ["CheckpointException", SIGNALS[number]]
     assert running == 1  # the one that counted
-    assert server.uploads("life") == {}
-    left = set(server.keys("life")) ^ set(before)
+    assert server.uploads(BUCKET) == {}
+    left = set(server.keys(BUCKET)) ^ set(before)
     # A commit that was sent may have been carried out: what it names is not deleted.
     assert len(left) == (1 if moment == "committing" else 0)
     assert_same(load(blank(OLD)), OLD)
@@ -190,7 +190,7 @@ def test_an_upload_without_an_id_is_not_waited_for(server: FakeS3, zygote: Zygot
     aborting.wait()
     child.go()
     assert child.end() == (0, "")
-    assert server.uploads("life") == {}
+    assert server.uploads(BUCKET) == {}
     assert_same(load(blank(NEW)), NEW)
     server.check()
 

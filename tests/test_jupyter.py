@@ -23,12 +23,7 @@ state = {{"weights": torch.arange(90_000.0), "step": 1}}
 
 
 @pytest.fixture
-def server(fake: FakeS3) -> FakeS3:
-    return fake
-
-
-@pytest.fixture
-def kernel(server: FakeS3) -> Iterator[tuple[Any, Any]]:
+def kernel(fake: FakeS3) -> Iterator[tuple[Any, Any]]:
     manager, client = start_new_kernel(kernel_name="python3", env=dict(os.environ))
     try:
         yield manager, client
@@ -74,18 +69,18 @@ def test_cells_save_load_and_await(cell: Cell) -> None:
 
 
 def test_an_interrupted_cell_ends_and_the_next_one_works(
-    server: FakeS3, kernel: tuple[Any, Any], cell: Cell
+    fake: FakeS3, kernel: tuple[Any, Any], cell: Cell
 ) -> None:
     manager, client = kernel
     cell(_FIRST)
-    rule = server.inject(Stall(head=False), operation="PutObject", key="*.distcp", times=None)
+    rule = fake.inject(Stall(head=False), operation="PutObject", key="*.distcp", times=None)
     client.execute("s3dcp.save(state, uri)")
     rule.wait()
     manager.interrupt_kernel()
     reply = client.get_shell_msg(timeout=60)["content"]
     rule.release()
-    server.rules.clear()
+    fake.rules.clear()
 
     assert (reply["status"], reply["ename"]) == ("error", "KeyboardInterrupt")
     assert cell("s3dcp.save(state, uri)\nprint('saved')") == "saved"
-    assert not server.uploads(BUCKET)
+    assert not fake.uploads(BUCKET)

@@ -36,11 +36,6 @@ URI = uri_of("run/step-1")
 ONCE = S3ClientConfig(max_attempts=1, read_timeout_s=0.2)
 
 
-@pytest.fixture
-def server(fake: FakeS3) -> FakeS3:
-    return fake
-
-
 def save(*, overwrite: bool = True) -> None:
     state = {"t": torch.arange(8.0), "step": 1}
     s3dcp.save(state, URI, s3client_config=ONCE, overwrite=overwrite)
@@ -50,8 +45,8 @@ def load(uri: str = URI, config: S3ClientConfig = ONCE) -> None:
     s3dcp.load({"t": torch.zeros(8), "step": 0}, uri, s3client_config=config)
 
 
-def refused(code: str, server: FakeS3) -> None:
-    server.inject(Refuse(code, at="head"), times=None)
+def refused(code: str, fake: FakeS3) -> None:
+    fake.inject(Refuse(code, at="head"), times=None)
     load()
 
 
@@ -66,13 +61,13 @@ def no_credentials(_: FakeS3) -> None:
         load()
 
 
-def another_region(server: FakeS3) -> None:
-    server.create_bucket("away", "eu-west-1")
-    s3dcp.load({}, "s3://away/run", region=server.region)
+def another_region(fake: FakeS3) -> None:
+    fake.create_bucket("away", "eu-west-1")
+    s3dcp.load({}, "s3://away/run", region=fake.region)
 
 
-def cut_short(server: FakeS3) -> None:
-    server.inject(Drop(), times=None)
+def cut_short(fake: FakeS3) -> None:
+    fake.inject(Drop(), times=None)
     load()
 
 
@@ -83,21 +78,21 @@ def nobody_listens(_: FakeS3) -> None:
         load(config=S3ClientConfig(max_attempts=1, endpoint_url=endpoint_url))
 
 
-def silent(server: FakeS3) -> None:
-    server.inject(Stall(), times=None)
+def silent(fake: FakeS3) -> None:
+    fake.inject(Stall(), times=None)
     load()
 
 
-def another_range(server: FakeS3) -> None:
+def another_range(fake: FakeS3) -> None:
     save()
-    server.inject(WrongRange(), key="*.distcp", times=None)
+    fake.inject(WrongRange(), key="*.distcp", times=None)
     load()
 
 
-def gone(server: FakeS3) -> None:
+def gone(fake: FakeS3) -> None:
     save()
-    [key] = data_keys(server, "run/step-1")
-    server.delete(BUCKET, key)
+    [key] = data_keys(fake, "run/step-1")
+    fake.delete(BUCKET, key)
     load()
 
 
@@ -106,21 +101,21 @@ def there_already(_: FakeS3) -> None:
     save(overwrite=False)
 
 
-def replaced(server: FakeS3) -> None:
+def replaced(fake: FakeS3) -> None:
     save()
 
     def replace(_: Record) -> bool:
-        server.write(BUCKET, "run/step-1/.metadata", b"another")
+        fake.write(BUCKET, "run/step-1/.metadata", b"another")
         return True
 
-    server.inject(Refuse("NoSuchKey"), key="*.distcp", where=replace)
+    fake.inject(Refuse("NoSuchKey"), key="*.distcp", where=replace)
     load()
 
 
-def unsettled(server: FakeS3) -> None:
+def unsettled(fake: FakeS3) -> None:
     """The commit's answer is lost, and what became of it cannot be read."""
-    lost = server.inject(lost_response(), operation="PutObject", key="*/.metadata")
-    server.inject(Refuse("AccessDenied"), key="*/.metadata", where=lambda _: bool(lost.struck))
+    lost = fake.inject(lost_response(), operation="PutObject", key="*/.metadata")
+    fake.inject(Refuse("AccessDenied"), key="*/.metadata", where=lambda _: bool(lost.struck))
     save()
 
 
@@ -135,14 +130,14 @@ def incomplete(_: FakeS3) -> None:
     s3dcp.save({"t": torch.zeros(8)}, URI, planner=Forgetful())
 
 
-def torn(server: FakeS3) -> None:
-    server.write(BUCKET, "run/step-1/.metadata", b"\x80\x04]")
+def torn(fake: FakeS3) -> None:
+    fake.write(BUCKET, "run/step-1/.metadata", b"\x80\x04]")
     load()
 
 
-def flipped(server: FakeS3) -> None:
+def flipped(fake: FakeS3) -> None:
     save()
-    server.inject(FlipByte(700), operation="GetObject", key="*.distcp", times=None)
+    fake.inject(FlipByte(700), operation="GetObject", key="*.distcp", times=None)
     load()
 
 
@@ -198,10 +193,10 @@ CASES: list[tuple[type[errors.S3Exception], Callable[[FakeS3], object], str]] = 
 
 @pytest.mark.parametrize(("kind", "provoke", "step"), CASES)
 def test_it_says_what_to_do(
-    server: FakeS3, kind: type[errors.S3Exception], provoke: Callable[[FakeS3], object], step: str
+    fake: FakeS3, kind: type[errors.S3Exception], provoke: Callable[[FakeS3], object], step: str
 ) -> None:
     with pytest.raises(kind) as caught:
-        provoke(server)
+        provoke(fake)
 
     assert type(caught.value) is kind
     assert re.search(step, str(caught.value))

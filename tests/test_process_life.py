@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import pickle
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ from s3dcp import (
 )
 from s3dcp._portal import portal
 from s3dcp.testing import FakeS3, Stall
+from tests._fakes import BUCKET, uri_of
 from tests._forked import Zygote, await_go, say
 from tests._scripted import LEAN
 from tests._states import MiB, StateDict, assert_same, blank, fill
@@ -42,18 +44,10 @@ from tests._states import MiB, StateDict, assert_same, blank, fill
 if TYPE_CHECKING:
     from io import BytesIO
 
-    from tests._ranks import RankPool
-
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is :UserWarning")
 
 CONFIG = S3ClientConfig(part_size=5 * MiB, conditional_writes=True)
-OLD, NEW = "s3://life/old", "s3://life/new"
-
-
-@pytest.fixture
-def server(fake: FakeS3) -> FakeS3:
-    fake.create_bucket("life")
-    return fake
+OLD, NEW, CHILD = uri_of("old"), uri_of("new"), uri_of("child")
 
 
 def state_of(step: int) -> StateDict:
@@ -103,8 +97,8 @@ class ForkingPlanner(DefaultSavePlanner):
 
 def use_and_end() -> None:
     check(OLD, 0)
-    save("s3://life/child", 2)
-    check("s3://life/child", 2)
+    save(CHILD, 2)
+    check(CHILD, 2)
     os._exit(7)  # as the children of multiprocessing end
 
 
@@ -116,24 +110,24 @@ def fork_in_a_save() -> None:
     save(OLD, 3)
 
 
-def test_a_fork_in_the_middle_of_a_save(server: FakeS3, zygote: Zygote) -> None:
+def test_a_fork_in_the_middle_of_a_save(fake: FakeS3, zygote: Zygote) -> None:
     """Parent and child go on, each with a portal of its own, and do not wait for each other."""
     save(OLD, 0)
     child = zygote.start(fork_in_a_save)
     assert child.end() == (0, "")
-    check("s3://life/child", 2)
+    check(CHILD, 2)
     check(NEW, 1)
     check(OLD, 3)
-    assert server.uploads("life") == {}
+    assert fake.uploads(BUCKET) == {}
 
 
-def test_many_forks_beside_requests_end_as_processes_do(server: FakeS3) -> None:
+def test_many_forks_beside_requests_end_as_processes_do(fake: FakeS3) -> None:
     """Not by a crash, for want of the parent's threads; and the parent's requests go on."""
     script = Path(__file__).with_name("_forking.py")
     run = f"import runpy; runpy.run_path({str(script)!r}, run_name='__main__')"
-    url = server.endpoint_url.replace("127.0.0.1", "localhost")  # a name, to be looked up
+    url = fake.endpoint_url.replace("127.0.0.1", "localhost")  # a name, to be looked up
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-W", "ignore:This process", "-c", LEAN + run, url],
+        [sys.executable, "-W", "error", "-W", "ignore:This process", "-c", LEAN + run, url, BUCKET],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -160,6 +154,13 @@ def use_pickled(data: bytes) -> bytes:
     return pickle.dumps((writer, caught.value))
 
 
+@pytest.fixture(scope="module")
+def spawned() -> Iterator[Executor]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        yield executor
+
+
+@pytest.mark.xdist_group("spawned")
 @pytest.mark.parametrize(
     ("strategy", "constructor"),
     [
@@ -170,7 +171,7 @@ def use_pickled(data: bytes) -> bytes:
     ids=["sequential", "range_based", "dcp_optimized"],
 )
 def test_what_is_in_use_goes_to_a_spawned_process_and_back(
-    server: FakeS3, ranks1: RankPool, strategy: Any, constructor: Any
+    fake: FakeS3, spawned: Executor, strategy: Any, constructor: Any
 ) -> None:
     """With a live portal, a client, a plan and a checkpoint's metadata on either side."""
     writer = S3StorageWriter(None, NEW, CONFIG, strategy, thread_count=2)
@@ -178,8 +179,8 @@ def test_what_is_in_use_goes_to_a_spawned_process_and_back(
     reader = S3StorageReader(None, NEW, CONFIG, constructor)
     dcp.load(blank(state_of(1)), storage_reader=reader, no_dist=True)
 
-    [data] = ranks1.run(use_pickled, pickle.dumps((writer, reader)))
-    again, failed = pickle.loads(data)
+    used = spawned.submit(use_pickled, pickle.dumps((writer, reader)))
+    again, failed = pickle.loads(used.result())
     assert again.fs.client.s3client_config == CONFIG
     assert again.prefix_strategy(0) == writer.prefix_strategy(0)
     [(error, _)] = failed.failures.values()
@@ -192,7 +193,7 @@ def test_what_is_in_use_goes_to_a_spawned_process_and_back(
 # Running event loops.
 
 
-def test_from_a_coroutine(server: FakeS3) -> None:
+def test_from_a_coroutine(fake: FakeS3) -> None:
     """Its loop stands still meanwhile; it is not ours."""
 
     async def scenario() -> None:
@@ -202,12 +203,12 @@ def test_from_a_coroutine(server: FakeS3) -> None:
     asyncio.run(scenario())
 
 
-def test_from_a_coroutine_by_threads(server: FakeS3) -> None:
+def test_from_a_coroutine_by_threads(fake: FakeS3) -> None:
     """Its loop goes on, and saves go on beside each other."""
-    rule = server.inject(Stall(head=False), operation="PutObject", key="*/.metadata", times=2)
+    rule = fake.inject(Stall(head=False), operation="PutObject", key="*/.metadata", times=2)
 
     async def scenario() -> None:
-        saves = [asyncio.to_thread(save, f"s3://life/{n}", n) for n in range(2)]
+        saves = [asyncio.to_thread(save, uri_of(f"{n}"), n) for n in range(2)]
         both = asyncio.gather(*saves)
         await asyncio.to_thread(rule.wait, 2)
         assert not both.done()
@@ -216,7 +217,7 @@ def test_from_a_coroutine_by_threads(server: FakeS3) -> None:
 
     asyncio.run(scenario())
     for n in range(2):
-        check(f"s3://life/{n}", n)
+        check(uri_of(f"{n}"), n)
 
 
 def interrupted_cells() -> None:
@@ -247,9 +248,9 @@ def interrupted_cells() -> None:
     loop.close()
 
 
-def test_from_a_notebook(server: FakeS3, zygote: Zygote) -> None:
+def test_from_a_notebook(fake: FakeS3, zygote: Zygote) -> None:
     """Of which the first cell is interrupted."""
-    rule = server.inject(Stall(head=False), operation="UploadPart")
+    rule = fake.inject(Stall(head=False), operation="UploadPart")
     child = zygote.start(interrupted_cells)
     rule.wait()
     child.signal(signal.SIGINT)
@@ -257,27 +258,27 @@ def test_from_a_notebook(server: FakeS3, zygote: Zygote) -> None:
     rule.release()
     assert child.end() == (0, "")
     check(NEW, 3)
-    assert server.uploads("life") == {}
+    assert fake.uploads(BUCKET) == {}
 
 
-def test_from_the_portals_own_thread(server: FakeS3) -> None:
+def test_from_the_portals_own_thread(fake: FakeS3) -> None:
     async def scenario() -> BaseException:
         return failure_of(lambda: save(NEW, 1))
 
     error = portal().call(scenario)
     assert isinstance(error, PortalError)
     assert "would wait for itself" in str(error)
-    assert server.keys("life") == []
+    assert fake.keys(BUCKET) == []
 
 
 # Threads, and the end of the portal.
 
 
-def test_when_the_portal_dies(server: FakeS3) -> None:
+def test_when_the_portal_dies(fake: FakeS3) -> None:
     """The save that it was at fails, and the next one has another."""
     writer = S3StorageWriter(None, NEW, CONFIG)
     attempt = partial(dcp.save, state_of(1), storage_writer=writer, no_dist=True)
-    rule = server.inject(Stall(head=False), operation="UploadPart")
+    rule = fake.inject(Stall(head=False), operation="UploadPart")
     with ThreadPoolExecutor(1) as threads:
         failing = threads.submit(failure_of, attempt)
         rule.wait()
@@ -298,17 +299,17 @@ def exit_with_a_daemon() -> None:
     await_go()
 
 
-def test_the_interpreter_exits_while_a_daemon_saves(server: FakeS3, zygote: Zygote) -> None:
+def test_the_interpreter_exits_while_a_daemon_saves(fake: FakeS3, zygote: Zygote) -> None:
     """Which holds up nothing, and commits nothing."""
     save(OLD, 0)
-    rule = server.inject(Stall(head=False), operation="UploadPart")
+    rule = fake.inject(Stall(head=False), operation="UploadPart")
     child = zygote.start(exit_with_a_daemon)
     rule.wait()
     child.go()
     code, _ = child.end()
     assert code == 0
     check(OLD, 0)
-    assert not server.keys("life", "new/")  # parts that nobody is left to abort may be
+    assert not fake.keys(BUCKET, "new/")  # parts that nobody is left to abort may be
 
 
 def exit_while_a_process_saves() -> None:
@@ -324,12 +325,12 @@ def exit_while_a_process_saves() -> None:
     say("saving")
 
 
-def test_the_interpreter_exits_while_a_process_saves(server: FakeS3, zygote: Zygote) -> None:
+def test_the_interpreter_exits_while_a_process_saves(fake: FakeS3, zygote: Zygote) -> None:
     """The save is finished, or it is said that it is not; and nothing hangs."""
     child = zygote.start(exit_while_a_process_saves)
     assert child.read_line() == "saving"
     code, said = child.end()
-    if server.keys("life", "new/.metadata"):
+    if fake.keys(BUCKET, "new/.metadata"):
         check(NEW, 1)
     else:
         assert code or said

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import tempfile
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,7 +21,6 @@ from s3dcp import (
     CheckpointExistsError,
     HexPrefixStrategy,
     S3ClientConfig,
-    S3FileSystem,
     S3Reader,
     S3ReaderConstructor,
     S3StorageReader,
@@ -31,8 +28,8 @@ from s3dcp import (
 )
 from s3dcp._framing import frame_for
 from s3dcp._metadata import crcs_of
-from s3dcp.testing import LocalS3
-from tests._servers import use
+from s3dcp.testing import FakeS3
+from tests._fakes import uri_of
 from tests._states import (
     CutPlanner,
     MiB,
@@ -208,21 +205,8 @@ def test_5000_small_tensors_come_back(boto: Any, bucket: str) -> None:
     assert_same(load(blank(state), f"s3://{bucket}/ck"), state)
 
 
-@pytest.fixture
-def memory_bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Return the URI of a bucket that is no disk's, where the system has such a place."""
-    memory = Path("/dev/shm")  # what `tempfile` takes by itself is often a slow disk
-    with (
-        tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder,
-        LocalS3(folder) as server,
-    ):
-        use(server, monkeypatch)
-        server.create_bucket("memory")
-        yield "s3://memory"
-
-
 @pytest.mark.xdist_group("ranks")  # not at the same time as the ranks: it takes two GiB of memory
-def test_a_tensor_over_1_gib_comes_back(memory_bucket: str) -> None:
+def test_a_tensor_over_1_gib_comes_back(fake: FakeS3) -> None:
     # Reading what calloc returned takes no memory; only the target does, and the stored object.
     count = (1 << 29) + 12_345
     tensor = torch.zeros(count, dtype=torch.bfloat16)
@@ -230,14 +214,11 @@ def test_a_tensor_over_1_gib_comes_back(memory_bucket: str) -> None:
     tensor[marks] = torch.arange(1, len(marks) + 1, dtype=torch.bfloat16)
     assert tensor.nbytes > 1 << 30
 
-    metadata = save({"huge": tensor}, f"{memory_bucket}/ck")
+    metadata = save({"huge": tensor}, uri_of("ck"))
     [info] = metadata.storage_data.values()
     assert info.length > tensor.nbytes
-    # rclone hashes the whole object for every request, however many are under way, until one has
-    # been answered.
-    S3FileSystem(None).exists(f"{memory_bucket}/ck/{info.relative_path}")
     target = torch.full((count,), -1, dtype=torch.bfloat16)
-    load({"huge": target}, f"{memory_bucket}/ck")
+    load({"huge": target}, uri_of("ck"))
     assert target[marks].tolist() == list(range(1, len(marks) + 1))
     assert torch.count_nonzero(target.view(torch.int16)) == len(marks)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -147,13 +146,8 @@ def train_and_resume() -> tuple[list[str], int]:
     return left, once_more.train_state.step
 
 
-@pytest.fixture
-def server(fake: FakeS3) -> FakeS3:
-    return fake
-
-
-def test_it_saves_purges_and_resumes(ranks2: RankPool, server: FakeS3) -> None:
+def test_it_saves_purges_and_resumes(ranks2: RankPool, fake: FakeS3) -> None:
     left = [f"{RUN}/step-3", f"{RUN}/step-4"]
 
     assert ranks2.run(train_and_resume) == [(left, 4)] * 2
-    assert len({key.split("/")[2] for key in server.keys("bkt")}) == KEEP
+    assert len({key.split("/")[2] for key in fake.keys("bkt")}) == KEEP

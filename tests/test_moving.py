@@ -33,12 +33,12 @@ def _loading(source: str) -> str:
 
 
 def _run(before: str, after: str) -> None:
-    """On a rank: what the old program saved, the new one loads, and then does by itself."""
-    for program in (before, _loading(after), after):
+    """On a rank: each by itself, and each loads what the other has saved."""
+    old, new = (before, _loading(before)), (after, _loading(after))
+    for program in (old[0], new[1], new[0], old[1]):
         names: dict[str, Any] = {}
         with warnings.catch_warnings():
-            # torch's and the peers' own
-            warnings.simplefilter("ignore" if program == before else "error")
+            warnings.simplefilter("ignore" if program in old else "error")  # the peers have some
             exec(program, names)
         if "loaded" in names:
             assert torch.equal(names["loaded"]["weights"], names["state_dict"]["weights"])

@@ -111,8 +111,10 @@ def test_from_an_empty_folder_to_a_checkpoint_that_was_loaded(
     borrow_dependencies(checkout)
     typed(f"{activate}\n{installed.text}", checkout, environ)
     with left_running(served.text, checkout, environ) as exports:
-        (checkout / "first.py").write_text(script.text, encoding="utf-8")
-        said = typed(f"{activate}\n{exports}\n{used.text}", checkout, environ)
+        own = checkout / "own"  # or Python would import the checkout's s3dcp, not the installed
+        own.mkdir()
+        (own / "first.py").write_text(script.text, encoding="utf-8")
+        said = typed(f"{activate}\ncd own\n{exports}\n{used.text}", checkout, environ)
 
     assert time.monotonic() - began_s < _IN_TIME_S
     loaded, _, listed = said.splitlines()[-3:]

@@ -8,10 +8,22 @@ from pathlib import Path
 
 import pytest
 
+from tests.test_crash import KILLS_IN_A_ROW, KILLS_OF_ONE, KILLS_OF_TWO, LATE_COMMITS, TARGETS
+
 _ROOT = Path(__file__).parents[1]
 _PAGE = _ROOT / "PROMISES.md"
 _NAME = re.compile(r"`(test_\w+)`")
 _COUNTED = re.compile(r"^\|[^|]+\| (\d+) tests \| (.+) \|$", re.MULTILINE)
+
+
+_CRASHES = re.compile(r"^\| crashes survived: [^|]+ \| (\d+) \|", re.MULTILINE)
+
+
+def test_as_many_crashes_as_it_counts() -> None:
+    at_requests, others = map(int, _CRASHES.findall(_PAGE.read_text(encoding="utf-8")))
+    kills = sum(KILLS_OF_ONE.values()) + sum(KILLS_OF_TWO.values())
+    assert at_requests == len(TARGETS) * kills
+    assert others == len(TARGETS) * KILLS_IN_A_ROW + len(LATE_COMMITS)
 
 
 def test_every_test_that_it_names_exists() -> None:

@@ -15,6 +15,7 @@ from s3dcp import _catalog as catalog
 from s3dcp import _verifying as verifying
 from s3dcp._cli_bench import bench
 from s3dcp._copying import copy
+from s3dcp._formats import FORMATS, FormatName
 from s3dcp._inventory import CheckpointInfo, folder_of
 from s3dcp._keys import S3Uri, parse_s3_uri
 from s3dcp._options import Commands, as_json_option, on_store, seconds
@@ -39,6 +40,14 @@ _grace = click.option(
 _really = click.option("--delete", "really", is_flag=True, help="Do it, rather than only tell.")
 
 
+_format = click.option(
+    "--format",
+    "format_name",
+    type=click.Choice([each.name for each in FORMATS]),
+    help="Which checkpoint at URI is meant, where there are both.",
+)
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
@@ -56,12 +65,13 @@ def ls(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
         print_json([_as_dict(each) for each in found])
         return
     print_table(
-        ("COMMITTED", ">STEP", ">RANKS", ">TENSORS", ">SIZE", "CHECKPOINT", "STATE"),
+        ("COMMITTED", "FORMAT", ">STEP", ">RANKS", ">TENSORS", ">SIZE", "CHECKPOINT", "STATE"),
         [
             (
                 each.committed_at.isoformat(sep=" ", timespec="seconds")
                 if each.committed_at
                 else None,
+                each.format,
                 each.step,
                 each.ranks,
                 each.tensors,
@@ -77,11 +87,14 @@ def ls(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
 @cli.command()
 @click.argument("uri")
 @on_store
+@_format
 @as_json_option
-def inspect(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
+def inspect(
+    uri: str, store: dict[str, Any], *, format_name: FormatName | None, as_json: bool
+) -> None:
     """Show the tensors of the checkpoint at URI."""
     client, place = S3Client(**store), parse_s3_uri(uri)
-    entries = client.call(verifying.inspect, place)
+    entries = client.call(verifying.inspect, place, format_name)
     if as_json:
         print_json([_entry_as_dict(entry) for entry in entries])
         return
@@ -104,12 +117,16 @@ def inspect(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
 @cli.command()
 @click.argument("uri")
 @on_store
+@_format
 @as_json_option
-def verify(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
+def verify(
+    uri: str, store: dict[str, Any], *, format_name: FormatName | None, as_json: bool
+) -> None:
     """Check every byte of the checkpoint at URI.
 
     Its objects must be there and long enough, and every item must have the checksum (CRC64NVME)
-    that was taken when it was saved. Nothing is executed.
+    that was taken when it was saved. Safetensors files must be what their headers and the index
+    say. Nothing is executed.
 
     Exit status: 0 if it is whole, 1 if it is damaged, 2 if that could not be found out.
     """
@@ -117,7 +134,11 @@ def verify(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
     with Bar() as bar:
         budget_bytes = client.s3client_config.memory_bytes()
         verdict = client.call(
-            verifying.verify, parse_s3_uri(uri), budget_bytes=budget_bytes, progress=bar.advance
+            verifying.verify,
+            parse_s3_uri(uri),
+            budget_bytes=budget_bytes,
+            format_name=format_name,
+            progress=bar.advance,
         )
     if as_json:
         print_json({**dataclasses.asdict(verdict), "whole": not verdict.problems})

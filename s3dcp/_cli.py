@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -219,16 +220,43 @@ def cp(
 )
 @_grace
 @_really
-def gc(uri: str, store: dict[str, Any], *, keep: int | None, grace_s: float, really: bool) -> None:
+@as_json_option
+def gc(
+    uri: str,
+    store: dict[str, Any],
+    *,
+    keep: int | None,
+    grace_s: float,
+    really: bool,
+    as_json: bool,
+) -> None:
     """Remove what is no longer needed below URI.
 
-    That is: all checkpoints older than the newest N complete ones, and data objects (*.distcp)
-    that no checkpoint names, which saves that failed have left.
+    That is: all checkpoints older than the newest N complete ones of their format, and data that no
+    checkpoint names, which saves that failed have left.
 
     Without --keep, no checkpoint is removed. Without --delete, nothing is.
     """
     found = catalog.gc(uri, keep=keep, grace_s=grace_s, dry_run=not really, **store)
     bucket = parse_s3_uri(uri).bucket
+    if as_json:
+        objects = [
+            {
+                "uri": str(S3Uri(bucket, each.key)),
+                "size_bytes": each.size_bytes,
+                "last_modified": _time(each.last_modified),
+            }
+            for each in found.objects
+        ]
+        print_json(
+            {
+                "dry_run": not really,
+                "checkpoints": [_as_dict(each) for each in found.checkpoints],
+                "objects": objects,
+                "unreadable": [_as_dict(each) for each in found.unreadable],
+            }
+        )
+        return
     for each in found.unreadable:
         click.echo(plain(f"Left alone, with all below it: {each.uri}: {each.problem}"), err=True)
     rows = [("checkpoint", each.uri, each.size_bytes) for each in found.checkpoints]
@@ -241,7 +269,10 @@ def gc(uri: str, store: dict[str, Any], *, keep: int | None, grace_s: float, rea
 @on_store
 @_grace
 @_really
-def abort_uploads(uri: str, store: dict[str, Any], *, grace_s: float, really: bool) -> None:
+@as_json_option
+def abort_uploads(
+    uri: str, store: dict[str, Any], *, grace_s: float, really: bool, as_json: bool
+) -> None:
     """Abort unfinished uploads below URI.
 
     A killed save leaves them, and their parts are stored and paid for. Without --delete, they are
@@ -249,6 +280,17 @@ def abort_uploads(uri: str, store: dict[str, Any], *, grace_s: float, really: bo
     """
     found = catalog.abort_uploads(uri, grace_s=grace_s, dry_run=not really, **store)
     bucket = parse_s3_uri(uri).bucket
+    if as_json:
+        uploads = [
+            {
+                "uri": str(S3Uri(bucket, each.key)),
+                "upload_id": each.upload_id,
+                "initiated": _time(each.initiated),
+            }
+            for each in found
+        ]
+        print_json({"dry_run": not really, "uploads": uploads})
+        return
     rows = [("upload", str(S3Uri(bucket, each.key)), None) for each in found]
     _print_removed(rows, "abort", "aborted", really=really)
 
@@ -279,9 +321,13 @@ cli.add_command(bench)
 def _as_dict(info: CheckpointInfo) -> dict[str, Any]:
     return {
         **dataclasses.asdict(info),
-        "committed_at": info.committed_at.isoformat() if info.committed_at else None,
+        "committed_at": _time(info.committed_at),
         "complete": info.complete,
     }
+
+
+def _time(moment: datetime | None) -> str | None:
+    return moment.astimezone(UTC).isoformat() if moment else None
 
 
 def _entry_as_dict(entry: verifying.StoredEntry) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from functools import partial
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from s3dcp._commit import Found
 from s3dcp._downloads import Downloads
 from s3dcp._errors import (
     AccessDeniedError,
@@ -194,14 +195,22 @@ class CommitReader:
         etags = {}
         for info in commits:
             uri = S3Uri(folder.bucket, info.key)
+            found: Found | ObjectInfo | None
             if info.key.endswith(SUFFIX):
                 found = await self._single(summary, uri)
-            elif (found := await read(self._channel, uri)) is not None:
-                async with self._unpickling:
-                    await offload(summary.add, format_, found.body, uri)
+            else:
+                found = await self._body(summary, format_, uri)
             if found is not None:
                 etags[info.key] = found.etag
         return summary.contents(), etags
+
+    async def _body(self, summary: _Summary, format_: Format, uri: S3Uri) -> Found | None:
+        """Take note of a commit of which all is to be read."""
+        found = await read(self._channel, uri)
+        if found is not None:
+            async with self._unpickling:
+                await offload(summary.add, format_, found.body, uri)
+        return found
 
     async def _single(self, summary: _Summary, uri: S3Uri) -> ObjectInfo | None:
         """Take note of a file that is a commit and all of its data."""

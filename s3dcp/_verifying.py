@@ -273,8 +273,8 @@ async def _entries(
     channel: Channel, folder: S3Uri, format_: Format, commits: Iterable[ObjectInfo]
 ) -> list[StoredEntry]:
     if format_ is SAFETENSORS:
-        found = await find(channel, folder)
-        return [_tensor_entry(folder, name, found.tensors[name]) for name in sorted(found.tensors)]
+        tensors = (await find(channel, folder)).tensors
+        return [_tensor_entry(folder, name, tensors[name]) for name in sorted(tensors)]
     entries: dict[str, StoredEntry] = {}
     seen = False
     for info in commits:

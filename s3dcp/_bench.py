@@ -21,10 +21,11 @@ from torch.distributed.checkpoint import CheckpointException
 from s3dcp._catalog import abort_uploads
 from s3dcp._checkpoint import shared_error
 from s3dcp._config import S3ClientConfig
-from s3dcp._errors import S3Exception
+from s3dcp._errors import S3ConfigError, S3Exception
 from s3dcp._flow import Channel, wait_all
 from s3dcp._inventory import folder_of
 from s3dcp._keys import S3Uri, join, parse_s3_uri
+from s3dcp._node import free_memory_bytes
 from s3dcp._ranges import GiB
 from s3dcp._reader import S3StorageReader
 from s3dcp._s3client import S3Client, delete, list_all
@@ -32,6 +33,9 @@ from s3dcp._tally import OperationTotals, Totals
 from s3dcp._writer import S3StorageWriter
 
 _log = logging.getLogger("s3dcp.bench")
+
+# What plans and metadata take for a tensor, however small: 9.5 kB were seen.
+_TENSOR_BYTES = 16 << 10
 
 Operation: TypeAlias = Literal["save", "load"]
 _State: TypeAlias = dict[str, torch.Tensor]
@@ -154,8 +158,10 @@ def run_trials(
         progress: Told how many bytes more were saved or loaded, and of how many in all.
 
     Raises:
+        S3ConfigError: this machine has no memory for it.
         S3Exception: as `save` and `load`.
     """
+    _check_memory(size_bytes, tensors)
     place = parse_s3_uri(uri)
     folder = S3Uri(place.bucket, join(place.key, f"s3dcp-bench-{secrets.token_hex(8)}"))
     state = _made_up(size_bytes, tensors)
@@ -174,6 +180,18 @@ def run_trials(
                     trials.append(trial)
                     progress(size_bytes, total_bytes)
     return trials
+
+
+def _check_memory(size_bytes: int, tensors: int) -> None:
+    """Refuse what would end in the machine's memory, or only after hours."""
+    free_bytes = free_memory_bytes()
+    needed_bytes = 2 * size_bytes + tensors * _TENSOR_BYTES
+    if free_bytes is not None and needed_bytes > free_bytes:
+        raise S3ConfigError(
+            f"{tensors} tensors of {size_bytes} bytes in all, once to save and once to load, take "
+            f"{needed_bytes / GiB:.3g} GiB of memory, and {free_bytes / GiB:.3g} GiB are free: "
+            "make the checkpoint smaller (--size, --tensors)"
+        )
 
 
 def _made_up(size_bytes: int, tensors: int) -> _State:

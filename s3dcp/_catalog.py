@@ -11,6 +11,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 
 from s3dcp._config import S3ClientConfig
+from s3dcp._downloads import Downloads
 from s3dcp._errors import (
     CheckpointChangedError,
     CorruptMetadataError,
@@ -19,6 +20,9 @@ from s3dcp._errors import (
     S3ConfigError,
 )
 from s3dcp._flow import Channel, wait_all
+from s3dcp._formats import FORMATS, SAFETENSORS, Format, FormatName, format_of
+from s3dcp._hf_files import read_header
+from s3dcp._hf_index import SAVE_ID_KEY
 from s3dcp._inventory import (
     Checkpoint,
     CheckpointInfo,
@@ -29,13 +33,13 @@ from s3dcp._inventory import (
     order_of,
     orphans,
     place_of,
+    shards_of,
 )
 from s3dcp._keys import S3Uri, parse_s3_uri
 from s3dcp._publish import exists
 from s3dcp._s3client import S3Client, list_all
-from s3dcp._s3client import delete as delete_object
 from s3dcp._store import ObjectInfo, UploadInfo
-from s3dcp._survey import CommitReader, Survey, no_checkpoint, survey
+from s3dcp._survey import CommitReader, Survey, only, survey
 
 _log = logging.getLogger("s3dcp.catalog")
 
@@ -52,7 +56,7 @@ class Garbage:
     Attributes:
         checkpoints: Those older than the ones to keep.
         objects: Data objects that no checkpoint names.
-        unreadable: Checkpoints whose `.metadata` cannot be read: everything below them stays.
+        unreadable: Checkpoints whose commit cannot be read: everything below them stays.
     """
 
     checkpoints: tuple[CheckpointInfo, ...]
@@ -68,7 +72,8 @@ def list_checkpoints(
 ) -> list[CheckpointInfo]:
     """Return the checkpoints at and below a URI, the oldest commit first.
 
-    Incomplete and unreadable ones are listed too, with their `problem`.
+    Those of every format: `CheckpointInfo.format` says which. Incomplete and unreadable ones are
+    listed too, with their `problem`.
 
     Raises:
         S3Exception: as the store.
@@ -79,6 +84,7 @@ def list_checkpoints(
 def latest(
     uri: str | os.PathLike[str],
     *,
+    format: FormatName = "dcp",  # noqa: A002 - the word that its users know
     region: str | None = None,
     s3client_config: S3ClientConfig | None = None,
 ) -> CheckpointInfo | None:
@@ -87,30 +93,47 @@ def latest(
     The newest is the one that was committed last, by the store's clock; of several that were
     committed in the same second, the one with the highest step.
 
+    Args:
+        uri: Where to look.
+        format: "dcp" for what `s3dcp.load` loads, "safetensors" for `S3HuggingFaceStorageReader`.
+        region: The bucket's region; None as in `S3Client`.
+        s3client_config: Settings of the client.
+
     Raises:
+        S3ConfigError: there is no such format.
         S3Exception: as the store.
     """
-    return S3Client(region, s3client_config).call(_latest, _folder(uri))
+    return S3Client(region, s3client_config).call(_latest, _folder(uri), format_of(format))
 
 
 def delete(
     uri: str | os.PathLike[str],
     *,
+    format: FormatName | None = None,  # noqa: A002 - as above
     region: str | None = None,
     s3client_config: S3ClientConfig | None = None,
 ) -> None:
     """Delete a checkpoint: its commit first, then the objects that it alone names.
 
-    Interrupted in between, it leaves objects that no checkpoint names, which `gc` removes.
+    Interrupted in between, it leaves objects that no checkpoint names, which `gc` removes if a
+    save of ours wrote them. Of a safetensors checkpoint, `*.safetensors` files are deleted, and the
+    shards in `sharded/` that it was made of; a model's other files stay.
+
+    Args:
+        uri: The checkpoint's place.
+        format: Which one is meant, where there are both.
+        region: The bucket's region; None as in `S3Client`.
+        s3client_config: Settings of the client.
 
     Raises:
         CheckpointNotFoundError: there is none.
         CheckpointChangedError: it was replaced meanwhile; the new one is left in place.
-        CorruptMetadataError: its `.metadata`, or that of one above, cannot be read, and may name
-            any of these objects. Nothing was deleted.
+        CorruptMetadataError: its commit, or that of one above, cannot be read, and may name any of
+            these objects. Nothing was deleted.
+        S3ConfigError: there are both, and no `format`.
         S3Exception: as the store.
     """
-    S3Client(region, s3client_config).call(_delete, _folder(uri))
+    S3Client(region, s3client_config).call(_delete, _folder(uri), format)
 
 
 def gc(
@@ -124,9 +147,13 @@ def gc(
 ) -> Garbage:
     """Remove what is no longer needed at and below a URI; by default only tell what that is.
 
+    What another library may have written is not touched: of safetensors files, those go whose
+    header has the id of a save of ours.
+
     Args:
-        uri: A run's folder. All checkpoints below it count together.
-        keep: How many of the newest complete checkpoints stay; None for all.
+        uri: A run's folder. All checkpoints of a format below it count together.
+        keep: How many of the newest complete checkpoints of each format stay; None for all. Full
+            safetensors files and the shards in `sharded/` that they were made of are one.
         grace_s: Seconds for which a data object that no checkpoint names is left alone: a save
             that is under way may name it yet. As long, a checkpoint that was saved without
             collectives does not count for `keep`: some of its ranks may not have committed yet.
@@ -188,12 +215,12 @@ async def _list(channel: Channel, root: S3Uri) -> list[CheckpointInfo]:
     return [each.info() for each in found.checkpoints]
 
 
-async def _latest(channel: Channel, root: S3Uri) -> CheckpointInfo | None:
+async def _latest(channel: Channel, root: S3Uri, format_: Format) -> CheckpointInfo | None:
     listing = await list_all(channel, root)
-    commits = commits_by_folder(listing)
+    commits = commits_by_folder(listing, format_)
     reader = CommitReader(channel, listing)
     for folder in sorted(commits, key=lambda key: order_of(key, commits[key]), reverse=True):
-        each = await reader.checkpoint(S3Uri(root.bucket, folder), commits[folder])
+        each = await reader.checkpoint(S3Uri(root.bucket, folder), format_, commits[folder])
         if each is not None and each.problem is None:
             return each.info()
         if each is not None:
@@ -201,11 +228,12 @@ async def _latest(channel: Channel, root: S3Uri) -> CheckpointInfo | None:
     return None
 
 
-async def _delete(channel: Channel, root: S3Uri) -> None:
+async def _delete(channel: Channel, root: S3Uri, name: FormatName | None) -> None:
+    wanted = FORMATS if name is None else [format_of(name)]
     found = await survey(channel, root)
-    here = [each for each in found.checkpoints if each.folder == root]
-    if not here:
-        raise no_checkpoint(root)
+    here = [each for each in found.checkpoints if each.folder == root and each.format in wanted]
+    only([each.format for each in here], root)
+    here += shards_of(here, found.checkpoints)
     for each in found.everywhere:
         if each.contents.unreadable and root.key.startswith(each.folder.key):
             raise CorruptMetadataError(
@@ -214,7 +242,7 @@ async def _delete(channel: Channel, root: S3Uri) -> None:
                 bucket=root.bucket,
                 key=root.key,
             )
-    if not await _remove(channel, found, here):
+    if len(await _remove(channel, found, here)) < len(here):
         raise CheckpointChangedError(
             f"{place_of(root)} was replaced while it was being deleted: delete it again",
             bucket=root.bucket,
@@ -228,7 +256,7 @@ async def _gc(
     before = _ago(grace_s)
     found = await survey(channel, root)
     old = doomed(found.checkpoints, keep, found.everywhere, before)
-    lost = list(orphans(found.listing, found.everywhere, before))
+    lost = await _ours(channel, root.bucket, orphans(found.listing, found.everywhere, before))
     if not dry_run and (old or lost):
         # What was committed or replaced meanwhile counts: only what is needless still is removed.
         found = await survey(channel, root, found.everywhere)
@@ -242,7 +270,7 @@ async def _gc(
             info for info in orphans(found.listing, found.everywhere, before) if info in lost_before
         ]
         old = await _remove(channel, found, old)
-        await _delete_all(channel, root.bucket, [info.key for info in lost])
+        await _drop_all(channel, root.bucket, lost)
     return Garbage(
         checkpoints=tuple(each.info() for each in old),
         objects=tuple(lost),
@@ -276,39 +304,68 @@ async def _abort_uploads(
     return uploads
 
 
+async def _ours(channel: Channel, bucket: str, data: Sequence[ObjectInfo]) -> list[ObjectInfo]:
+    """Return the objects that a save of ours wrote.
+
+    Safetensors files of others are called the same, and without an index some libraries load them.
+    """
+
+    async def is_ours(info: ObjectInfo) -> bool:
+        if not SAFETENSORS.is_data(info.key):
+            return True
+        uri = S3Uri(bucket, info.key)
+        downloads = Downloads(channel)
+        downloads.pin(uri, info.etag)
+        try:
+            header = await read_header(downloads, uri, info.size_bytes)
+        except (CheckpointChangedError, CorruptMetadataError, ObjectNotFoundError) as exc:
+            _log.info("%s is left alone: %s", uri, exc)
+            return False
+        return SAVE_ID_KEY in header.extra
+
+    ours = await wait_all([partial(is_ours, info) for info in data])
+    return [info for info, is_one in zip(data, ours, strict=True) if is_one]
+
+
 async def _remove(
     channel: Channel, found: Survey, checkpoints: Sequence[Checkpoint]
 ) -> list[Checkpoint]:
     """Delete checkpoints, commits first; return those that were not replaced meanwhile."""
 
-    async def drop(each: Checkpoint) -> bool:
+    async def give_up(each: Checkpoint) -> bool:
         for info in each.commits:
-            uri = S3Uri(each.folder.bucket, info.key)
-            send = partial(channel.store.delete, uri, if_match=info.etag)
-            try:
-                await channel.request("DeleteObject", uri, send)
-            except (PreconditionFailedError, ObjectNotFoundError):
-                # It is gone if an attempt's answer was lost, or another deleted it.
-                if await exists(channel, uri):
-                    _log.warning("%s was replaced while it was being deleted: it stays", uri)
-                    return False
+            if not await _drop(channel, each.folder.bucket, info):
+                return False
         return True
 
-    dropped = await wait_all([partial(drop, each) for each in checkpoints])
-    gone = [each for each, was in zip(checkpoints, dropped, strict=True) if was]
+    given_up = await wait_all([partial(give_up, each) for each in checkpoints])
+    gone = [each for each, was in zip(checkpoints, given_up, strict=True) if was]
     gone_commits = {each.commits for each in gone}
     others = [each for each in found.everywhere if each.commits not in gone_commits]
+    listed = {info.key: info for info in found.listing}
     for each in gone:
-        await _delete_all(channel, each.folder.bucket, needless([each], others))
+        # What has come since the listing is of another save, or for the next `gc`.
+        data = [listed[key] for key in needless([each], others) if key in listed]
+        await _drop_all(channel, each.folder.bucket, data)
     return gone
 
 
-async def _delete_all(channel: Channel, bucket: str, keys: Sequence[str]) -> None:
+async def _drop_all(channel: Channel, bucket: str, objects: Sequence[ObjectInfo]) -> None:
     # One request for each: free on S3, and some stores refuse DeleteObjects, or want it with MD5.
-    for start in range(0, len(keys), _DELETED_AT_ONCE):
-        await wait_all(
-            [
-                partial(delete_object, channel, S3Uri(bucket, key))
-                for key in keys[start : start + _DELETED_AT_ONCE]
-            ]
-        )
+    for start in range(0, len(objects), _DELETED_AT_ONCE):
+        some = objects[start : start + _DELETED_AT_ONCE]
+        await wait_all([partial(_drop, channel, bucket, info) for info in some])
+
+
+async def _drop(channel: Channel, bucket: str, info: ObjectInfo) -> bool:
+    """Delete an object, and return whether it is gone: one that was replaced meanwhile stays."""
+    uri = S3Uri(bucket, info.key)
+    send = partial(channel.store.delete, uri, if_match=info.etag)
+    try:
+        await channel.request("DeleteObject", uri, send)
+    except (PreconditionFailedError, ObjectNotFoundError):
+        # It is gone if an attempt's answer was lost, or another deleted it.
+        if await exists(channel, uri):
+            _log.warning("%s was replaced while it was being deleted: it stays", uri)
+            return False
+    return True

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from typing import Any
 
 import click
@@ -15,6 +16,7 @@ from s3dcp import _catalog as catalog
 from s3dcp import _verifying as verifying
 from s3dcp._cli_bench import bench
 from s3dcp._copying import copy
+from s3dcp._formats import FORMATS, FormatName
 from s3dcp._inventory import CheckpointInfo, folder_of
 from s3dcp._keys import S3Uri, parse_s3_uri
 from s3dcp._options import Commands, as_json_option, on_store, seconds
@@ -39,6 +41,14 @@ _grace = click.option(
 _really = click.option("--delete", "really", is_flag=True, help="Do it, rather than only tell.")
 
 
+_format = click.option(
+    "--format",
+    "format_name",
+    type=click.Choice([each.name for each in FORMATS]),
+    help="Which checkpoint at URI is meant, where there are both.",
+)
+
+
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
@@ -56,12 +66,13 @@ def ls(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
         print_json([_as_dict(each) for each in found])
         return
     print_table(
-        ("COMMITTED", ">STEP", ">RANKS", ">TENSORS", ">SIZE", "CHECKPOINT", "STATE"),
+        ("COMMITTED", "FORMAT", ">STEP", ">RANKS", ">TENSORS", ">SIZE", "CHECKPOINT", "STATE"),
         [
             (
                 each.committed_at.isoformat(sep=" ", timespec="seconds")
                 if each.committed_at
                 else None,
+                each.format,
                 each.step,
                 each.ranks,
                 each.tensors,
@@ -77,11 +88,14 @@ def ls(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
 @cli.command()
 @click.argument("uri")
 @on_store
+@_format
 @as_json_option
-def inspect(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
+def inspect(
+    uri: str, store: dict[str, Any], *, format_name: FormatName | None, as_json: bool
+) -> None:
     """Show the tensors of the checkpoint at URI."""
     client, place = S3Client(**store), parse_s3_uri(uri)
-    entries = client.call(verifying.inspect, place)
+    entries = client.call(verifying.inspect, place, format_name)
     if as_json:
         print_json([_entry_as_dict(entry) for entry in entries])
         return
@@ -104,12 +118,16 @@ def inspect(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
 @cli.command()
 @click.argument("uri")
 @on_store
+@_format
 @as_json_option
-def verify(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
+def verify(
+    uri: str, store: dict[str, Any], *, format_name: FormatName | None, as_json: bool
+) -> None:
     """Check every byte of the checkpoint at URI.
 
     Its objects must be there and long enough, and every item must have the checksum (CRC64NVME)
-    that was taken when it was saved. Nothing is executed.
+    that was taken when it was saved. Safetensors files must be what their headers and the index
+    say. Nothing is executed.
 
     Exit status: 0 if it is whole, 1 if it is damaged, 2 if that could not be found out.
     """
@@ -117,7 +135,11 @@ def verify(uri: str, store: dict[str, Any], *, as_json: bool) -> None:
     with Bar() as bar:
         budget_bytes = client.s3client_config.memory_bytes()
         verdict = client.call(
-            verifying.verify, parse_s3_uri(uri), budget_bytes=budget_bytes, progress=bar.advance
+            verifying.verify,
+            parse_s3_uri(uri),
+            budget_bytes=budget_bytes,
+            format_name=format_name,
+            progress=bar.advance,
         )
     if as_json:
         print_json({**dataclasses.asdict(verdict), "whole": not verdict.problems})
@@ -198,16 +220,43 @@ def cp(
 )
 @_grace
 @_really
-def gc(uri: str, store: dict[str, Any], *, keep: int | None, grace_s: float, really: bool) -> None:
+@as_json_option
+def gc(
+    uri: str,
+    store: dict[str, Any],
+    *,
+    keep: int | None,
+    grace_s: float,
+    really: bool,
+    as_json: bool,
+) -> None:
     """Remove what is no longer needed below URI.
 
-    That is: all checkpoints older than the newest N complete ones, and data objects (*.distcp)
-    that no checkpoint names, which saves that failed have left.
+    That is: all checkpoints older than the newest N complete ones of their format, and data that no
+    checkpoint names, which saves that failed have left.
 
     Without --keep, no checkpoint is removed. Without --delete, nothing is.
     """
     found = catalog.gc(uri, keep=keep, grace_s=grace_s, dry_run=not really, **store)
     bucket = parse_s3_uri(uri).bucket
+    if as_json:
+        objects = [
+            {
+                "uri": str(S3Uri(bucket, each.key)),
+                "size_bytes": each.size_bytes,
+                "last_modified": _time(each.last_modified),
+            }
+            for each in found.objects
+        ]
+        print_json(
+            {
+                "dry_run": not really,
+                "checkpoints": [_as_dict(each) for each in found.checkpoints],
+                "objects": objects,
+                "unreadable": [_as_dict(each) for each in found.unreadable],
+            }
+        )
+        return
     for each in found.unreadable:
         click.echo(plain(f"Left alone, with all below it: {each.uri}: {each.problem}"), err=True)
     rows = [("checkpoint", each.uri, each.size_bytes) for each in found.checkpoints]
@@ -220,7 +269,10 @@ def gc(uri: str, store: dict[str, Any], *, keep: int | None, grace_s: float, rea
 @on_store
 @_grace
 @_really
-def abort_uploads(uri: str, store: dict[str, Any], *, grace_s: float, really: bool) -> None:
+@as_json_option
+def abort_uploads(
+    uri: str, store: dict[str, Any], *, grace_s: float, really: bool, as_json: bool
+) -> None:
     """Abort unfinished uploads below URI.
 
     A killed save leaves them, and their parts are stored and paid for. Without --delete, they are
@@ -228,6 +280,17 @@ def abort_uploads(uri: str, store: dict[str, Any], *, grace_s: float, really: bo
     """
     found = catalog.abort_uploads(uri, grace_s=grace_s, dry_run=not really, **store)
     bucket = parse_s3_uri(uri).bucket
+    if as_json:
+        uploads = [
+            {
+                "uri": str(S3Uri(bucket, each.key)),
+                "upload_id": each.upload_id,
+                "initiated": _time(each.initiated),
+            }
+            for each in found
+        ]
+        print_json({"dry_run": not really, "uploads": uploads})
+        return
     rows = [("upload", str(S3Uri(bucket, each.key)), None) for each in found]
     _print_removed(rows, "abort", "aborted", really=really)
 
@@ -261,9 +324,13 @@ cli.add_command(bench)
 def _as_dict(info: CheckpointInfo) -> dict[str, Any]:
     return {
         **dataclasses.asdict(info),
-        "committed_at": info.committed_at.isoformat() if info.committed_at else None,
+        "committed_at": _time(info.committed_at),
         "complete": info.complete,
     }
+
+
+def _time(moment: datetime | None) -> str | None:
+    return moment.astimezone(UTC).isoformat() if moment else None
 
 
 def _entry_as_dict(entry: verifying.StoredEntry) -> dict[str, Any]:

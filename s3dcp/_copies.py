@@ -25,7 +25,7 @@ from hashlib import sha256
 
 from s3dcp._checksums import combine
 from s3dcp._errors import CorruptMetadataError
-from s3dcp._inventory import is_commit
+from s3dcp._formats import is_commit
 from s3dcp._metadata import crcs_of, load_metadata
 from s3dcp._store import ObjectInfo
 

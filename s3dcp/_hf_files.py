@@ -39,14 +39,11 @@ from s3dcp._errors import (
     ObjectNotFoundError,
 )
 from s3dcp._flow import Channel, wait_all
+from s3dcp._formats import INDEX_NAME, MANIFEST_NAME, SINGLE_NAME, SUFFIX
 from s3dcp._hf_index import (
-    INDEX_NAME,
-    MANIFEST_NAME,
     OFFSETS_KEY,
     SAVE_ID_KEY,
     SHARDING_KEY,
-    SINGLE_NAME,
-    SUFFIX,
     Index,
     dump_index,
     parse_index,
@@ -190,15 +187,25 @@ async def _read_files(
 
 async def _read_file(downloads: Downloads, uri: S3Uri) -> _File:
     info = await downloads.head(uri)
-    head = bytearray(min(info.size_bytes, _HEAD_BYTES))
+    return _File(await read_header(downloads, uri, info.size_bytes), info.etag)
+
+
+async def read_header(downloads: Downloads, uri: S3Uri, file_bytes: int) -> Header:
+    """Read what a file holds.
+
+    Raises:
+        CheckpointChangedError: it is not the one that was read before.
+        CorruptMetadataError: the header is malformed, or does not fit the file.
+        S3Exception: as the store.
+    """
+    head = bytearray(min(file_bytes, _HEAD_BYTES))
     await downloads.fetch(uri, 0, [memoryview(head)])
-    end = header_end(head, info.size_bytes, source=str(uri))
+    end = header_end(head, file_bytes, source=str(uri))
     if end > len(head):
         rest = bytearray(end - len(head))
         await downloads.fetch(uri, len(head), [memoryview(rest)])
         head += rest
-    parse = partial(parse_header, head, info.size_bytes, source=str(uri))
-    return _File(await offload(parse), info.etag)
+    return await offload(partial(parse_header, head, file_bytes, source=str(uri)))
 
 
 def _check_saves(base: S3Uri, files: Mapping[str, _File], index: Index) -> None:

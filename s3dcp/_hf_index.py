@@ -17,15 +17,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from s3dcp._errors import CorruptMetadataError, S3ConfigError
+from s3dcp._formats import INDEX_NAME, MANIFEST_NAME, SUFFIX
 from s3dcp._metadata import ItemCrcs
 from s3dcp._safetensors import MAX_HEADER_BYTES, is_count, parse_json
-
-INDEX_NAME = "model.safetensors.index.json"
-MANIFEST_NAME = "model.safetensors.manifest.json"
-#: A checkpoint of one file needs no index.
-SINGLE_NAME = "model.safetensors"
-SHARDED_FOLDER = "sharded"
-SUFFIX = ".safetensors"
 
 #: Keys of a file's `__metadata__`: torch's own two, Hugging Face's, and ours.
 SHARDING_KEY = "DCP_SHARDING_INFO"
@@ -91,6 +85,13 @@ class Index:
     def files(self) -> set[str]:
         """The names of all files."""
         return set(self.saved if self.weight_map is None else self.weight_map.values())
+
+    @property
+    def tensors(self) -> set[str]:
+        """The names of all tensors; in a manifest, of those that have CRCs, as all of ours do."""
+        if self.weight_map is not None:
+            return set(self.weight_map)
+        return {name for file in self.saved.values() for name in file.crcs}
 
 
 def dump_index(index: Index) -> bytes:

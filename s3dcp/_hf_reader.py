@@ -8,8 +8,8 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 from s3dcp._config import S3ClientConfig
 from s3dcp._errors import S3ConfigError
+from s3dcp._formats import INDEX_NAME
 from s3dcp._hf_files import child_uri, find, metadata_of
-from s3dcp._hf_index import INDEX_NAME
 from s3dcp._keys import S3Uri, parse_s3_uri
 from s3dcp._progress import ProgressCallback
 from s3dcp._reader import S3StorageReader

@@ -16,17 +16,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from s3dcp._config import S3ClientConfig
 from s3dcp._consolidation import consolidate
 from s3dcp._errors import S3ConfigError
+from s3dcp._formats import INDEX_NAME, MANIFEST_NAME, SHARDED_FOLDER, SINGLE_NAME
 from s3dcp._hf_files import begin, child_uri, commit
-from s3dcp._hf_index import (
-    INDEX_NAME,
-    MANIFEST_NAME,
-    SHARDED_FOLDER,
-    SINGLE_NAME,
-    Index,
-    SavedFile,
-    file_name,
-    numbered,
-)
+from s3dcp._hf_index import Index, SavedFile, file_name, numbered
 from s3dcp._hf_saving import SafetensorsItems, plan_file
 from s3dcp._keys import S3Uri, join, parse_s3_uri
 from s3dcp._metadata import ItemCrcs, crcs_of

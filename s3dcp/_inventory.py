@@ -1,13 +1,13 @@
 """What lies under a URI: which objects belong to which checkpoint, and which to none.
 
-A checkpoint is a folder with a commit: `.metadata`, or a `__{rank}.metadata` of each rank that
-saved without collectives. Objects belong to it because its commits name them, wherever below the
-folder they lie; a name alone says nothing. So
+A checkpoint is a folder with a commit (`_formats` says which objects are). Objects belong to it
+because its commits name them, wherever below the folder they lie; a name alone says nothing. So
 
 - a checkpoint is complete if all that its commits name is there and long enough;
-- `*.distcp` that no commit names is an orphan: what a save that failed or was killed has left, or
-  one that is still under way has written, which its age alone tells apart;
-- a commit that cannot be read may name anything below its folder, all of which is left alone.
+- data that no commit names is an orphan: what a save that failed or was killed has left, or one
+  that is still under way has written, which its age alone tells apart;
+- a commit that cannot be read may name anything below its folder, all of which is left alone;
+- shards that full files were made of, in `sharded/`, come and go with the full files.
 
 A folder's key ends with a slash; the bucket's own is empty.
 """
@@ -16,19 +16,16 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
 
-from s3dcp._commit import METADATA_NAME, deletions
+from s3dcp._formats import DCP, FORMATS, SAFETENSORS, SHARDED_FOLDER, Format, FormatName, is_commit
 from s3dcp._keys import S3Uri
 from s3dcp._store import ObjectInfo
 
-_COMMIT = re.compile(rf"(?:__(?P<rank>\d+))?{re.escape(METADATA_NAME)}")
-_RANK = re.compile(r"__(\d+)_")
 _STEP = re.compile(r"(\d+)/$")
-_DATA_SUFFIX = ".distcp"
 _EARLIEST = datetime.min.replace(tzinfo=UTC)
 
 
@@ -38,17 +35,20 @@ class CheckpointInfo:
 
     Attributes:
         uri: Its place, `s3://bucket/folder`.
+        format: "dcp", which `s3dcp.load` loads, or "safetensors".
         committed_at: When its commit was written, by the store's clock and in UTC; to the second,
             on S3.
         step: The number that its folder's name ends in, if it does.
         ranks: How many ranks wrote objects, if the objects' names tell.
         objects: How many data objects its commits name.
         tensors: How many tensors they describe.
-        size_bytes: The size of the data objects, as its commits have it.
+        size_bytes: The size of the data objects, as its commits have it; of safetensors files, as
+            they are.
         problem: What keeps it from being loaded; None if it is complete.
     """
 
     uri: str
+    format: FormatName
     committed_at: datetime | None
     step: int | None
     ranks: int | None
@@ -71,21 +71,26 @@ class Contents:
         least_bytes: For each key that they name, how many bytes the object has at the least.
         tensors: How many tensors they describe.
         unreadable: Why one of them cannot be read; it may name anything below the folder.
+        damage: Why it cannot be loaded, though it is known what it names.
+        ours: Whether only `dcp.save` or a writer of ours can have written it.
     """
 
     least_bytes: Mapping[str, int]
     tensors: int
     unreadable: str | None = None
+    damage: str | None = None
+    ours: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A folder, the commits in it, and what they say."""
+    """A folder, the commits of one format in it, and what they say."""
 
     folder: S3Uri
     commits: tuple[ObjectInfo, ...]
     contents: Contents
     problem: str | None
+    format: Format = DCP
 
     @property
     def order(self) -> tuple[datetime, int, str]:
@@ -94,10 +99,10 @@ class Checkpoint:
 
     def info(self) -> CheckpointInfo:
         """Return it as users see it."""
-        names = map(posixpath.basename, self.contents.least_bytes)
-        ranks = {int(match[1]) for name in names if (match := _RANK.match(name))}
+        ranks = set(map(self.format.rank_of, self.contents.least_bytes)) - {None}
         return CheckpointInfo(
             uri=str(place_of(self.folder)),
+            format=self.format.name,
             committed_at=committed(self.commits),
             step=step_of(self.folder.key),
             ranks=len(ranks) or None,
@@ -144,30 +149,31 @@ def order_of(folder: str, commits: Iterable[ObjectInfo]) -> tuple[datetime, int,
     return committed(commits) or _EARLIEST, -1 if step is None else step, folder
 
 
-def is_commit(key: str) -> bool:
-    """Return whether a key is one that commits have."""
-    return _COMMIT.fullmatch(posixpath.basename(key)) is not None
-
-
 def rank_of(commit: ObjectInfo) -> int | None:
     """Return the rank whose own commit this is."""
-    match = _COMMIT.fullmatch(posixpath.basename(commit.key))
+    match = DCP.commit.fullmatch(posixpath.basename(commit.key))
     return int(match["rank"]) if match and match["rank"] else None
 
 
-def commits_by_folder(listing: Iterable[ObjectInfo]) -> dict[str, tuple[ObjectInfo, ...]]:
-    """Return the commits of each folder that has any, `.metadata` first, then by rank."""
+def commits_by_folder(
+    listing: Iterable[ObjectInfo], format_: Format = DCP
+) -> dict[str, tuple[ObjectInfo, ...]]:
+    """Return a format's commits in each folder that has any, `.metadata` first, then by rank."""
     found: dict[str, list[ObjectInfo]] = {}
     for info in listing:
-        folder, slash, name = info.key.rpartition("/")
-        if _COMMIT.fullmatch(name):
-            found.setdefault(folder + slash, []).append(info)
+        if format_.is_commit(info.key):
+            found.setdefault(_folder(info.key), []).append(info)
     return {folder: tuple(sorted(commits, key=_commit_order)) for folder, commits in found.items()}
 
 
-def _commit_order(info: ObjectInfo) -> int:
+def _commit_order(info: ObjectInfo) -> tuple[int, str]:
     rank = rank_of(info)
-    return -1 if rank is None else rank
+    return -1 if rank is None else rank, info.key
+
+
+def _folder(key: str) -> str:
+    folder, slash, _ = key.rpartition("/")
+    return folder + slash
 
 
 def problem_of(
@@ -183,8 +189,8 @@ def problem_of(
         contents: What they say.
         sizes: The size of each object that is there, by key.
     """
-    if contents.unreadable:
-        return contents.unreadable
+    if contents.unreadable or contents.damage:
+        return contents.unreadable or contents.damage
     ranks = {rank_of(info) for info in commits}
     if None not in ranks and (absent := next(n for n in count() if n not in ranks)) < len(ranks):
         return f"rank {absent} did not commit"
@@ -203,9 +209,10 @@ def doomed(
     everywhere: Iterable[Checkpoint],
     before: datetime,
 ) -> list[Checkpoint]:
-    """Return the checkpoints that are older than the newest `keep` complete ones.
+    """Return the checkpoints of each format that are older than its newest `keep` complete ones.
 
-    None where there are fewer of those. Those in the folder of one that cannot be read stay.
+    None where there are fewer of those. Those in the folder of one that cannot be read stay, and
+    so does what another library may have written.
 
     Args:
         checkpoints: Those to choose from.
@@ -214,15 +221,29 @@ def doomed(
         before: A moment. Where ranks commit by themselves, others of them may be about to follow
             one that has committed later: such a checkpoint neither counts nor goes.
     """
-    settled = (each for each in checkpoints if not _may_grow(each.commits, before))
-    found = sorted(settled, key=lambda each: each.order, reverse=True)
-    complete = [each for each in found if each.problem is None]
-    if keep is None or len(complete) <= keep:
+    if keep is None:
         return []
-    oldest = complete[keep - 1].order
+    settled = [
+        each for each in checkpoints if each.contents.ours and not _may_grow(each.commits, before)
+    ]
+    shards = {each.commits for each in shards_of(settled, settled)}
+    settled.sort(key=lambda each: each.order, reverse=True)
+    old: list[Checkpoint] = []
+    for format_ in FORMATS:
+        found = [each for each in settled if each.format is format_ and each.commits not in shards]
+        complete = [each for each in found if each.problem is None]
+        if len(complete) > keep:
+            old += [each for each in found if each.order < complete[keep - 1].order]
     _, sealed = _claims(everywhere)
+    old += shards_of(old, settled)
+    return [each for each in old if not each.folder.key.startswith(sealed)]
+
+
+def shards_of(full: Iterable[Checkpoint], checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
+    """Return the checkpoints of shards that full ones were made of."""
+    folders = {f"{each.folder.key}{SHARDED_FOLDER}/" for each in full if each.format is SAFETENSORS}
     return [
-        each for each in found if each.order < oldest and not each.folder.key.startswith(sealed)
+        each for each in checkpoints if each.format is SAFETENSORS and each.folder.key in folders
     ]
 
 
@@ -234,32 +255,43 @@ def _may_grow(commits: Iterable[ObjectInfo], before: datetime) -> bool:
 
 
 def needless(removed: Iterable[Checkpoint], others: Iterable[Checkpoint]) -> list[str]:
-    """Return the keys that removed checkpoints named, and that no other one may need."""
-    named, _ = _claims(removed)
+    """Return the keys that removed checkpoints named, and that no other one may need.
+
+    Never those of commits: what names one, its own or a nested checkpoint's, is forged.
+    """
+    named = {
+        key
+        for each in removed
+        for key in each.contents.least_bytes
+        if key.endswith(each.format.suffix) and not is_commit(key)
+    }
     kept, sealed = _claims(others)
-    return [key for key in deletions(named, kept) if not key.startswith(sealed)]
+    return sorted(key for key in named - kept if not key.startswith(sealed))
 
 
 def orphans(
     listing: Iterable[ObjectInfo], checkpoints: Iterable[Checkpoint], before: datetime
-) -> Iterator[ObjectInfo]:
-    """Return the data objects that no checkpoint names, written before a moment.
+) -> list[ObjectInfo]:
+    """Return the objects, named as our writer names data, that no checkpoint names.
 
     Args:
         listing: The objects to choose from.
         checkpoints: Every checkpoint that may name one: at, below and above them.
-        before: Younger ones may belong to a save that is under way.
+        before: Younger ones may belong to a save that is under way. Where that overwrites what
+            it finds, so may all that lie beside a younger one.
     """
+    data = [(info, format_) for info in listing for format_ in FORMATS if format_.is_data(info.key)]
+    young = {info.key for info, _ in data if not info.last_modified or info.last_modified > before}
+    busy = {_folder(info.key) for info, format_ in data if format_.recurs and info.key in young}
     named, sealed = _claims(checkpoints)
-    for info in listing:
-        if (
-            info.key.endswith(_DATA_SUFFIX)
-            and info.key not in named
-            and not info.key.startswith(sealed)
-            and info.last_modified is not None
-            and info.last_modified <= before
-        ):
-            yield info
+    return [
+        info
+        for info, format_ in data
+        if info.key not in named
+        and info.key not in young
+        and not info.key.startswith(sealed)
+        and not (format_.recurs and _folder(info.key) in busy)
+    ]
 
 
 def _claims(checkpoints: Iterable[Checkpoint]) -> tuple[set[str], tuple[str, ...]]:

@@ -17,7 +17,8 @@ from typing import BinaryIO, Protocol
 from s3dcp._copies import CLAIM_NAME, PARTIAL_SUFFIX
 from s3dcp._errors import CheckpointNotFoundError, CommitConflictError, InvalidS3UriError
 from s3dcp._flow import Channel, wait_all
-from s3dcp._inventory import commits_by_folder, is_commit, place_of
+from s3dcp._formats import is_commit
+from s3dcp._inventory import commits_by_folder, place_of
 from s3dcp._keys import S3Uri, child_key
 from s3dcp._portal import offload
 from s3dcp._publish import publish, read

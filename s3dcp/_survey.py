@@ -10,14 +10,21 @@ from functools import partial
 
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from s3dcp._commit import METADATA_NAME
+from s3dcp._commit import Found
+from s3dcp._downloads import Downloads
 from s3dcp._errors import (
     AccessDeniedError,
+    CheckpointChangedError,
     CheckpointNotFoundError,
     CorruptMetadataError,
     InvalidS3UriError,
+    ObjectNotFoundError,
+    S3ConfigError,
 )
 from s3dcp._flow import Channel, wait_all
+from s3dcp._formats import DCP, FORMATS, INDEX_NAME, SUFFIX, Format, FormatName, format_of
+from s3dcp._hf_files import read_header
+from s3dcp._hf_index import Index, parse_index
 from s3dcp._inventory import (
     Checkpoint,
     Contents,
@@ -60,14 +67,19 @@ async def survey(
 ) -> Survey:
     """List what is there, and read the commits that are not known yet."""
     listing = await list_all(channel, root)
-    found = commits_by_folder(listing)
     above = [S3Uri(root.bucket, folder) for folder in ancestors(root.key) if look_above]
-    commits_above = await wait_all([partial(_commits_above, channel, uri) for uri in above])
-    found |= {uri.key: commits for uri, commits in zip(above, commits_above, strict=True)}
-    reader = CommitReader(channel, listing, known)
-    read_all = await wait_all(
-        [partial(reader.checkpoint, S3Uri(root.bucket, folder), found[folder]) for folder in found]
+    places = [(uri, format_) for uri in above for format_ in FORMATS]
+    commits_above = await wait_all(
+        [partial(_commits_above, channel, uri, format_) for uri, format_ in places]
     )
+    found = [(*place, commits) for place, commits in zip(places, commits_above, strict=True)]
+    found += [
+        (S3Uri(root.bucket, folder), format_, commits)
+        for format_ in FORMATS
+        for folder, commits in commits_by_folder(listing, format_).items()
+    ]
+    reader = CommitReader(channel, listing, known)
+    read_all = await wait_all([partial(reader.checkpoint, *each) for each in found])
     everywhere = sorted(
         (each for each in read_all if each is not None), key=lambda each: each.order
     )
@@ -78,22 +90,58 @@ async def survey(
     )
 
 
-async def _commits_above(channel: Channel, folder: S3Uri) -> tuple[ObjectInfo, ...]:
+async def _commits_above(
+    channel: Channel, folder: S3Uri, format_: Format
+) -> tuple[ObjectInfo, ...]:
     try:
-        return await commits_in(channel, folder)
+        return await commits_in(channel, folder, format_)
     except AccessDeniedError as exc:
         # Who may not look there does not save there.
         _log.warning("not looked for checkpoints in %s: %s", folder, exc)
         return ()
 
 
-async def commits_in(channel: Channel, folder: S3Uri) -> tuple[ObjectInfo, ...]:
+async def commits_in(
+    channel: Channel, folder: S3Uri, format_: Format = DCP
+) -> tuple[ObjectInfo, ...]:
     """Return the commits that lie directly in a folder, without listing what is below it."""
-    prefixes = [S3Uri(folder.bucket, f"{folder.key}{name}") for name in (METADATA_NAME, "__")]
+    prefixes = [S3Uri(folder.bucket, f"{folder.key}{name}") for name in format_.prefixes]
     found = await wait_all(
         [partial(list_all, channel, prefix, delimiter="/") for prefix in prefixes]
     )
-    return commits_by_folder(info for listing in found for info in listing).get(folder.key, ())
+    listing = [info for infos in found for info in infos]
+    return commits_by_folder(listing, format_).get(folder.key, ())
+
+
+async def checkpoint_in(
+    channel: Channel, folder: S3Uri, name: FormatName | None
+) -> tuple[Format, tuple[ObjectInfo, ...]]:
+    """Return the format of the checkpoint in a folder, and its commits.
+
+    There may be none of the latter if its `name` is given: safetensors files need none.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        S3ConfigError: there is one of each, and no `name` to say which.
+    """
+    formats = FORMATS if name is None else [format_of(name)]
+    commits = await wait_all([partial(commits_in, channel, folder, each) for each in formats])
+    found = dict(zip(formats, commits, strict=True))
+    chosen = only([each for each in formats if name or found[each]], folder)
+    return chosen, found[chosen]
+
+
+def only(formats: Sequence[Format], folder: S3Uri) -> Format:
+    """Return the one format that a folder has a checkpoint of; raises as `checkpoint_in`."""
+    if not formats:
+        raise no_checkpoint(folder)
+    if len(formats) > 1:
+        names = " and ".join(each.name for each in formats)
+        raise S3ConfigError(
+            f"There are checkpoints of {names} at {place_of(folder)}: say which with format= "
+            "(--format)"
+        )
+    return formats[0]
 
 
 class CommitReader:
@@ -114,71 +162,121 @@ class CommitReader:
         self._reading = asyncio.Semaphore(_READ_AT_ONCE)
         self._unpickling = asyncio.Lock()
 
-    async def checkpoint(self, folder: S3Uri, commits: tuple[ObjectInfo, ...]) -> Checkpoint | None:
+    async def checkpoint(
+        self, folder: S3Uri, format_: Format, commits: tuple[ObjectInfo, ...]
+    ) -> Checkpoint | None:
         """Return the checkpoint in a folder, or None if it is gone by now."""
         sizes: Mapping[str, int] = self._sizes
         contents = self._known.get(commits)
         if contents is None:
             async with self._reading:
-                contents, etags = await self._contents(folder, commits)
+                contents, etags = await self._contents(folder, format_, commits)
             if etags != {info.key: info.etag for info in commits}:
                 # Replaced or deleted since it was listed, and with it what it names.
                 listing = await list_all(self._channel, folder)
                 sizes = {info.key: info.size_bytes for info in listing}
                 commits = tuple(
                     replace(info, etag=etags[info.key])
-                    for info in commits_by_folder(listing).get(folder.key, ())
+                    for info in commits_by_folder(listing, format_).get(folder.key, ())
                     if info.key in etags
                 )
         if not commits:
             return None
         problem = problem_of(commits, contents, sizes)
-        return Checkpoint(folder=folder, commits=commits, contents=contents, problem=problem)
+        return Checkpoint(
+            folder=folder, commits=commits, contents=contents, problem=problem, format=format_
+        )
 
     async def _contents(
-        self, folder: S3Uri, commits: tuple[ObjectInfo, ...]
+        self, folder: S3Uri, format_: Format, commits: tuple[ObjectInfo, ...]
     ) -> tuple[Contents, dict[str, str | None]]:
         """Return what the commits that are still there say, and their ETags."""
-        summary = _Summary(folder)
+        summary = _Summary(folder, self._sizes)
         etags = {}
         for info in commits:
             uri = S3Uri(folder.bucket, info.key)
-            found = await read(self._channel, uri)
+            found: Found | ObjectInfo | None
+            if info.key.endswith(SUFFIX):
+                found = await self._single(summary, uri)
+            else:
+                found = await self._body(summary, format_, uri)
             if found is not None:
                 etags[info.key] = found.etag
-                async with self._unpickling:
-                    await offload(summary.add, found.body, uri)
         return summary.contents(), etags
+
+    async def _body(self, summary: _Summary, format_: Format, uri: S3Uri) -> Found | None:
+        """Take note of a commit of which all is to be read."""
+        found = await read(self._channel, uri)
+        if found is not None:
+            async with self._unpickling:
+                await offload(summary.add, format_, found.body, uri)
+        return found
+
+    async def _single(self, summary: _Summary, uri: S3Uri) -> ObjectInfo | None:
+        """Take note of a file that is a commit and all of its data."""
+        downloads = Downloads(self._channel)
+        try:
+            info = await downloads.head(uri)
+        except ObjectNotFoundError:
+            return None
+        summary.ours = False  # no save of ours calls a file so
+        summary.least_bytes[uri.key] = info.size_bytes
+        try:
+            header = await read_header(downloads, uri, info.size_bytes)
+        except (CorruptMetadataError, CheckpointChangedError) as exc:
+            summary.damage = str(exc)
+        else:
+            summary.tensors.update(header.entries)
+        return info
 
 
 @dataclass(slots=True)
 class _Summary:
-    """What is kept of a folder's metadata, which is large."""
+    """What is kept of a folder's commits, which are large."""
 
     folder: S3Uri
+    sizes: Mapping[str, int]
     least_bytes: dict[str, int] = field(default_factory=dict)
     tensors: set[str] = field(default_factory=set)
     unreadable: str | None = None
+    damage: str | None = None
+    ours: bool = True
 
-    def add(self, body: bytes | bytearray, uri: S3Uri) -> None:
+    def add(self, format_: Format, body: bytes | bytearray, uri: S3Uri) -> None:
         """Take note of a commit."""
         try:
-            metadata = load_metadata(body, source=str(uri))
-            for name, end in ends_of(metadata).items():
-                key = child_key(self.folder.key, name, source=str(uri))
-                self.least_bytes[key] = max(self.least_bytes.get(key, 0), end)
+            if format_ is DCP:
+                self._add_metadata(load_metadata(body, source=str(uri)), uri)
+            else:
+                self._add_index(parse_index(body, source=str(uri)), uri)
         except (CorruptMetadataError, InvalidS3UriError) as exc:
             self.unreadable = str(exc)
-            return
+
+    def _add_metadata(self, metadata: Metadata, uri: S3Uri) -> None:
+        for name, end in ends_of(metadata).items():
+            key = child_key(self.folder.key, name, source=str(uri))
+            self.least_bytes[key] = max(self.least_bytes.get(key, 0), end)
         self.tensors.update(
             fqn
             for fqn, entry in metadata.state_dict_metadata.items()
             if isinstance(entry, TensorStorageMetadata)
         )
 
+    def _add_index(self, index: Index, uri: S3Uri) -> None:
+        # It has no sizes: a file is as long as its own header says, which `verify` looks at.
+        for name in index.files:
+            key = child_key(self.folder.key, name, source=str(uri))
+            self.least_bytes[key] = self.sizes.get(key, 0)
+        self.tensors.update(index.tensors)
+        self.ours = self.ours and bool(index.saved) and index.files <= index.saved.keys()
+
     def contents(self) -> Contents:
         return Contents(
-            least_bytes=self.least_bytes, tensors=len(self.tensors), unreadable=self.unreadable
+            least_bytes=self.least_bytes,
+            tensors=len(self.tensors),
+            unreadable=self.unreadable,
+            damage=self.damage,
+            ours=self.ours,
         )
 
 
@@ -195,7 +293,8 @@ def ends_of(metadata: Metadata) -> dict[str, int]:
 def no_checkpoint(folder: S3Uri) -> CheckpointNotFoundError:
     """Return the error for a folder without a commit."""
     return CheckpointNotFoundError(
-        f"No checkpoint at {place_of(folder)}: there is no {folder}.metadata. List what there is",
+        f"No checkpoint at {place_of(folder)}: there is no {folder}.metadata, nor an {INDEX_NAME}. "
+        "List what there is",
         bucket=folder.bucket,
         key=folder.key,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from s3dcp._checksums import combine
@@ -17,6 +18,8 @@ from s3dcp._errors import (
     ObjectNotFoundError,
 )
 from s3dcp._flow import Channel, wait_all
+from s3dcp._formats import SAFETENSORS, Format, FormatName
+from s3dcp._hf_files import StoredTensor, find
 from s3dcp._inventory import folder_of, place_of
 from s3dcp._keys import S3Uri, child_key
 from s3dcp._metadata import crcs_of, load_metadata
@@ -25,7 +28,7 @@ from s3dcp._publish import read
 from s3dcp._ranges import Span, Want, coalesce
 from s3dcp._s3client import list_all
 from s3dcp._store import ObjectInfo
-from s3dcp._survey import commits_in, no_checkpoint
+from s3dcp._survey import checkpoint_in, commits_in, no_checkpoint
 
 _READ_BYTES = 8 * MiB
 
@@ -37,7 +40,7 @@ class StoredPiece:
     Attributes:
         key: The object that holds it.
         offset: Where it starts in the object.
-        length: Its size in bytes, the header and trailer of `torch.save` included.
+        length: Its size in bytes, in a `.distcp` with the header and trailer of `torch.save`.
         crc: Its CRC64NVME, if it was saved by s3dcp.
     """
 
@@ -93,18 +96,28 @@ class Verdict:
     problems: tuple[str, ...]
 
 
-async def inspect(channel: Channel, uri: S3Uri) -> list[StoredEntry]:
+async def inspect(
+    channel: Channel, uri: S3Uri, format_name: FormatName | None = None
+) -> list[StoredEntry]:
     """Return what a checkpoint's commits describe, by name.
+
+    Args:
+        channel: The client's.
+        uri: The checkpoint's place.
+        format_name: Which one is meant, where there are several.
 
     Raises:
         CheckpointNotFoundError: there is none.
-        CorruptMetadataError: a commit cannot be read.
+        CheckpointChangedError: it is being replaced.
+        CorruptMetadataError: a commit, or a safetensors file's header, cannot be read.
         InvalidS3UriError: one names an object outside of the checkpoint's folder.
+        S3ConfigError: there are several, and no `format_name`.
         S3Exception: as the store.
     """
     folder = folder_of(uri)
-    entries = await _entries(channel, folder, await commits_in(channel, folder))
-    return [entry for entry in entries if entry.size_bytes]  # objects without items have a name too
+    entries = await _entries(channel, folder, *await checkpoint_in(channel, folder, format_name))
+    # Objects without items have a name too.
+    return [entry for entry in entries if entry.size_bytes or entry.dtype is not None]
 
 
 async def verify(
@@ -112,35 +125,42 @@ async def verify(
     uri: S3Uri,
     *,
     budget_bytes: int,
+    format_name: FormatName | None = None,
     progress: Callable[[int, int], None] = lambda _count, _total: None,
 ) -> Verdict:
     """Read a checkpoint's objects, and compare them with what its commits say of them.
+
+    Safetensors files must have the size and the tensors that their headers and the index say.
 
     Args:
         channel: The client's.
         uri: The checkpoint's place.
         budget_bytes: Memory for what is being read; at least one buffer of 8 MiB is used.
+        format_name: Which checkpoint is meant, where there are several.
         progress: Told, on the portal's thread, how many bytes have been read since, and of how
             many in all.
 
     Raises:
         CheckpointNotFoundError: there is none.
         CheckpointChangedError: it was replaced or deleted meanwhile.
+        S3ConfigError: there are several, and no `format_name`.
         S3Exception: as the store: it is not known whether the checkpoint is whole.
     """
     folder = folder_of(uri)
-    commits = await commits_in(channel, folder)
+    format_, commits = await checkpoint_in(channel, folder, format_name)
     try:
-        entries = await _entries(channel, folder, commits)
-    except (CorruptMetadataError, InvalidS3UriError) as exc:
+        entries = await _entries(channel, folder, format_, commits)
+    except (CorruptMetadataError, InvalidS3UriError, CheckpointChangedError) as exc:
+        # A file of another save than the index says: in passing, or for good.
+        passing = isinstance(exc, CheckpointChangedError)
+        if passing and await commits_in(channel, folder, format_) != commits:
+            raise
         return Verdict(objects=0, verified=0, unverified=0, size_bytes=0, problems=(str(exc),))
     by_key: dict[str, list[_Checked]] = {}
     for entry in entries:
         for piece in entry.pieces:
             by_key.setdefault(piece.key, []).append(_Checked(entry.name, piece))
     problems = _wrong_sizes(folder.bucket, by_key, await list_all(channel, folder))
-    if problems and await commits_in(channel, folder) != commits:
-        raise _changed(folder)
     sound = {key: pieces for key, pieces in by_key.items() if key not in problems}
     spans = [
         (S3Uri(folder.bucket, key), span)
@@ -157,6 +177,8 @@ async def verify(
     await _read_all(channel, spans, buffers, lambda count: progress(count, total))
     checked = [each for pieces in sound.values() for each in pieces if each.piece.length]
     wrong = [each for each in checked if each.has_crc and not each.is_whole]
+    if (problems or wrong) and await commits_in(channel, folder, format_) != commits:
+        raise _changed(folder)
     return Verdict(
         objects=len(by_key),
         verified=sum(each.has_crc for each in checked),
@@ -248,8 +270,11 @@ def _changed(uri: S3Uri) -> CheckpointChangedError:
 
 
 async def _entries(
-    channel: Channel, folder: S3Uri, commits: Iterable[ObjectInfo]
+    channel: Channel, folder: S3Uri, format_: Format, commits: Iterable[ObjectInfo]
 ) -> list[StoredEntry]:
+    if format_ is SAFETENSORS:
+        tensors = (await find(channel, folder)).tensors
+        return [_tensor_entry(folder, name, tensors[name]) for name in sorted(tensors)]
     entries: dict[str, StoredEntry] = {}
     seen = False
     for info in commits:
@@ -261,6 +286,23 @@ async def _entries(
     if not seen:
         raise no_checkpoint(folder)
     return [entries[name] for name in sorted(entries)]
+
+
+def _tensor_entry(folder: S3Uri, name: str, tensor: StoredTensor) -> StoredEntry:
+    return StoredEntry(
+        name=name,
+        shape=tensor.shape,
+        dtype=_dtype_name(tensor.dtype),
+        pieces=[
+            StoredPiece(
+                key=child_key(folder.key, chunk.file, source=str(folder)),
+                offset=chunk.entry.start,
+                length=chunk.entry.end - chunk.entry.start,
+                crc=None if chunk.crcs is None else chunk.crcs.item,
+            )
+            for chunk in tensor.chunks
+        ],
+    )
 
 
 def _add(
@@ -290,5 +332,9 @@ def _entry(name: str, metadata: Metadata) -> StoredEntry:
     described = metadata.state_dict_metadata.get(name)
     if not isinstance(described, TensorStorageMetadata):
         return StoredEntry(name=name, shape=None, dtype=None)
-    dtype = str(described.properties.dtype).removeprefix("torch.")
+    dtype = _dtype_name(described.properties.dtype)
     return StoredEntry(name=name, shape=tuple(described.size), dtype=dtype)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

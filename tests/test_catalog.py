@@ -7,8 +7,10 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from s3dcp import DefaultPrefixStrategy, HexPrefixStrategy, S3PrefixStrategyBase
+from s3dcp import DefaultPrefixStrategy, HexPrefixStrategy, S3ConfigError, S3PrefixStrategyBase
 from s3dcp._commit import data_name, metadata_name
+from s3dcp._formats import DCP, FORMATS, INDEX_NAME, SAFETENSORS, Format, format_of, is_commit
+from s3dcp._hf_index import file_name
 from s3dcp._inventory import (
     Checkpoint,
     Contents,
@@ -51,6 +53,16 @@ def checkpoint(
             least_bytes={folder + name: 1 for name in names}, tensors=3, unreadable=unreadable
         ),
         problem=problem or unreadable,
+    )
+
+
+def safetensors(folder: str, *names: str, days_old: float = 2, ours: bool = True) -> Checkpoint:
+    found = checkpoint(folder, *names, days_old=days_old)
+    return replace(
+        found,
+        format=SAFETENSORS,
+        commits=(listed(f"{folder}{INDEX_NAME}", days_old=days_old),),
+        contents=replace(found.contents, ours=ours),
     )
 
 
@@ -146,6 +158,62 @@ class TestNames:
         assert list(orphans([listed(name) for name in names], [], NOW)) == [
             listed(name) for name in names
         ]
+
+    @pytest.mark.parametrize(("number", "count"), [(1, 1), (7, 12), (123_456, 200_000)])
+    def test_safetensors(self, number: int, count: int) -> None:
+        assert SAFETENSORS.is_data(file_name(number, count))
+        assert SAFETENSORS.rank_of(file_name(number, count)) is None
+        shard = f"run/{file_name(number, count, shard=31)}"
+        assert SAFETENSORS.is_data(shard)
+        assert SAFETENSORS.rank_of(shard) == 31
+
+
+class TestFormats:
+    @pytest.mark.parametrize(
+        ("key", "commit_of", "data_of"),
+        [
+            (".metadata", DCP, None),
+            ("run/__3.metadata", DCP, None),
+            ("run/x.metadata", None, None),
+            ("run/__0_0.x.distcp", None, DCP),
+            ("run/model.safetensors.index.json", SAFETENSORS, None),
+            ("run/model.safetensors.manifest.json", SAFETENSORS, None),
+            ("model.safetensors", SAFETENSORS, None),  # no save of ours writes it
+            ("run/model-00001-of-00002.safetensors", None, SAFETENSORS),
+            ("run/shard-00001-model-00001-of-00002.safetensors", None, SAFETENSORS),
+            # What lies beside a model, and what others call theirs.
+            ("run/config.json", None, None),
+            ("run/tokenizer.model", None, None),
+            ("run/generation_config.json", None, None),
+            ("run/adapter_model.safetensors", None, None),
+            ("run/model.safetensors.bak", None, None),
+            ("run/pytorch_model.bin.index.json", None, None),
+            ("run/weights.safetensors", None, None),
+            ("run/model-1-of-2.safetensors", None, None),
+            ("run/model.safetensors/x", None, None),
+        ],
+    )
+    def test_what_names_say(
+        self, key: str, commit_of: Format | None, data_of: Format | None
+    ) -> None:
+        assert [each for each in FORMATS if each.is_commit(key)] == [commit_of] * bool(commit_of)
+        assert [each for each in FORMATS if each.is_data(key)] == [data_of] * bool(data_of)
+        assert is_commit(key) == bool(commit_of)
+
+    @pytest.mark.parametrize("each", FORMATS, ids=lambda each: each.name)
+    def test_commits_start_with_their_prefixes(self, each: Format) -> None:
+        names = [".metadata", "__7.metadata", "model.safetensors", INDEX_NAME]
+        assert all(name.startswith(each.prefixes) for name in names if each.is_commit(name))
+
+    def test_by_name(self) -> None:
+        assert [format_of(each.name) for each in FORMATS] == list(FORMATS)
+        with pytest.raises(S3ConfigError, match="must be 'dcp' or 'safetensors', got 'hf'"):
+            format_of("hf")
+
+    def test_a_folder_has_a_checkpoint_of_each(self) -> None:
+        listing = [listed(f"run/{name}") for name in (".metadata", INDEX_NAME, "model.safetensors")]
+        assert commits_by_folder(listing) == {"run/": (listing[0],)}
+        assert commits_by_folder(listing, SAFETENSORS) == {"run/": (listing[2], listing[1])}
 
 
 class TestProblems:
@@ -316,6 +384,36 @@ class TestDoomed:
         later = [checkpoint("1/", days_old=-1), checkpoint("2/", days_old=-2)]
         assert self.keys(1, saving, *later) == ["1/"]
 
+    def test_formats_count_by_themselves(self) -> None:
+        found = [checkpoint(f"dcp/{n}/", days_old=n) for n in range(3)]
+        found += [safetensors(f"hf/{n}/", days_old=n + 5) for n in range(3)]
+
+        assert self.keys(2, *found) == ["dcp/2/", "hf/2/"]
+
+    def test_what_others_wrote_neither_counts_nor_goes(self) -> None:
+        found = [safetensors(f"{n}/", days_old=n, ours=n != 1) for n in range(4)]
+
+        assert self.keys(1, *found) == ["2/", "3/"]
+        assert self.keys(2, *found) == ["3/"]
+
+    def test_shards_come_and_go_with_the_full_files(self) -> None:
+        found = [
+            each
+            for n in range(3)
+            for each in (
+                safetensors(f"{n}/", days_old=n),
+                safetensors(f"{n}/sharded/", days_old=n + 0.01),
+            )
+        ]
+
+        assert self.keys(2, *found) == ["2/", "2/sharded/"]
+        # Of which none were made yet, they are a checkpoint of their own.
+        del found[2]
+        assert self.keys(2, *found) == ["2/", "2/sharded/"]
+        # Another format's folder above them is none of theirs.
+        found[0] = checkpoint("0/")
+        assert self.keys(2, *found) == ["2/", "2/sharded/"]
+
     def test_nor_do_those_in_its_folder_go(self) -> None:
         found = [checkpoint(f"run/{n}/", days_old=n) for n in range(3)]
 
@@ -346,6 +444,12 @@ class TestNeedless:
 
         assert needless([forged], []) == ["run/a.distcp"]
 
+    def test_of_safetensors_nothing_else(self) -> None:
+        named = ["model-00001-of-00001.safetensors", "x.safetensors", "config.json", ".metadata"]
+        removed = safetensors("run/", *named, "model.safetensors", "below/model.safetensors")
+
+        assert needless([removed], []) == [f"run/{name}" for name in named[:2]]
+
     def test_nothing_below_one_that_cannot_be_read(self) -> None:
         removed = checkpoint("run/", "a.distcp", "nested/b.distcp")
 
@@ -372,11 +476,32 @@ class TestOrphans:
             (listed("run/notes.txt"), False),  # not ours
             (listed("run/.metadata"), False),
             (listed("run/x.distcp/y"), False),
+            (listed("run/model-00001-of-00002.safetensors"), True),
+            (listed("run/shard-00001-model-00001-of-00002.safetensors"), True),
+            (listed("run/model-00001-of-00002.safetensors", days_old=0.5), False),
+            (listed("run/model.safetensors"), False),
+            (listed("run/other.safetensors"), False),
+            (listed("run/config.json"), False),
             (ObjectInfo(key="run/x.distcp", size_bytes=1, etag=None), False),  # of unknown age
         ],
     )
     def test_data_that_nobody_names(self, info: ObjectInfo, is_orphan: bool) -> None:
         assert self.keys([info], checkpoint("run/", "named.distcp")) == [info.key] * is_orphan
+
+    def test_files_that_a_save_may_be_overwriting(self) -> None:
+        """A save that replaces a checkpoint finds old files without an index, as it wants them."""
+        old, young = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+        listing = [listed(f"run/{old}"), listed(f"run/{young}", days_old=0.1), listed(f"a/{old}")]
+
+        assert self.keys(listing) == [f"a/{old}"]
+        assert self.keys([*listing, listed("run/__0_0.distcp")]) == [f"a/{old}", "run/__0_0.distcp"]
+
+    def test_what_an_index_names_is_none(self) -> None:
+        listing = [listed("run/model-00001-of-00002.safetensors"), listed("run/sub/x.distcp")]
+
+        assert self.keys(listing, safetensors("run/", "model-00001-of-00002.safetensors")) == [
+            "run/sub/x.distcp"
+        ]
 
     def test_what_a_checkpoint_above_or_nested_names_is_none(self) -> None:
         listing = [listed("run/left/__0_0.distcp"), listed("run/left/step-1/__0_0.distcp")]

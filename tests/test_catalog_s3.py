@@ -583,7 +583,7 @@ class TestVerify:
         with pytest.raises(CheckpointChangedError, match="verify again"):
             self.verify()
 
-    @pytest.mark.parametrize(("operation", "skip"), [("GetObject", 0), ("ListObjectsV2", 2)])
+    @pytest.mark.parametrize(("operation", "skip"), [("GetObject", 0), ("ListObjectsV2", 3)])
     def test_it_is_replaced_meanwhile(self, fake: FakeS3, operation: str, skip: int) -> None:
         """Before its commit is read it is the new one that counts; after that, nothing is known."""
         put_checkpoint(fake, "run/", "old.distcp")

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import pty
 import re
 import select
 import signal
 import subprocess
 import sys
-import termios
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from click.testing import CliRunner, Result
 
 import s3dcp
 from s3dcp import S3StorageWriter
@@ -26,20 +21,15 @@ from s3dcp.__main__ import main
 from s3dcp._cli import cli
 from s3dcp.testing import Call, Drop, FakeS3, Fault, Record, Refuse, Stall
 from tests._catalogs import put_checkpoint, put_data
+from tests._commands import LIMIT_S, own_terminal, program, run, terminal
 from tests._fakes import BUCKET
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
 
 RUN = f"s3://{BUCKET}/run"
-_LIMIT_S = 60
-
-
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(cli, arguments, prog_name="s3dcp")
 
 
 def save(name: str, **tensors: torch.Tensor) -> None:
@@ -58,11 +48,11 @@ class TestLs:
         assert (result.exit_code, result.stderr) == (0, "")
         head, *rows = result.stdout.splitlines()
         assert head.split() == [
-            *("COMMITTED", "STEP", "RANKS", "TENSORS", "SIZE", "CHECKPOINT", "STATE")
+            *("COMMITTED", "FORMAT", "STEP", "RANKS", "TENSORS", "SIZE", "CHECKPOINT", "STATE")
         ]
         assert [row.split()[2:] for row in rows] == [
-            f"9 2 2 20 B {RUN}/step-9 incomplete: missing: run/step-9/__1_0.distcp".split(),
-            ["10", "1", "1", rows[1].split()[5], "KiB", f"{RUN}/step-10", "complete"],
+            f"dcp 9 2 2 20 B {RUN}/step-9 incomplete: missing: run/step-9/__1_0.distcp".split(),
+            ["dcp", "10", "1", "1", rows[1].split()[6], "KiB", f"{RUN}/step-10", "complete"],
         ]
         assert rows[0].index(RUN) == rows[1].index(RUN)
 
@@ -74,6 +64,7 @@ class TestLs:
         assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", row.pop("committed_at"))
         assert row == {
             "uri": f"{RUN}/step-9",
+            "format": "dcp",
             "step": 9,
             "ranks": 1,
             "objects": 1,
@@ -363,29 +354,12 @@ def test_without_the_extra(
     assert (said.out, said.err) == ("", 's3dcp: click is missing: pip install "s3dcp[cli]"\n')
 
 
-@contextmanager
-def terminal() -> Iterator[tuple[int, int]]:
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 80))
-    os.set_blocking(ours, False)
-    try:
-        yield ours, theirs
-    finally:
-        os.close(ours)
-        os.close(theirs)
-
-
-def program(*arguments: str, **options: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "s3dcp", *arguments]
-    return subprocess.Popen(command, text=True, **options)
-
-
 class TestProcesses:
     def test_a_bar_on_a_terminal(self, fake: FakeS3) -> None:
         save("step-1", w=torch.ones(1 << 20))
         with terminal() as (ours, theirs):
             process = program("verify", f"{RUN}/step-1", stdout=subprocess.PIPE, stderr=theirs)
-            out, _ = process.communicate(timeout=_LIMIT_S)
+            out, _ = process.communicate(timeout=LIMIT_S)
             shown = os.read(ours, 1 << 16).decode()
 
         assert process.returncode == 0
@@ -401,7 +375,7 @@ class TestProcesses:
             )
             text = ""
             while text.count("\n") < 5:
-                assert select.select([ours], [], [], _LIMIT_S)[0]
+                assert select.select([ours], [], [], LIMIT_S)[0]
                 text += os.read(ours, 1 << 16).decode()
             for name, value in re.findall(r"^export (\w+)=(\S+)\r$", text, re.MULTILINE):
                 monkeypatch.setenv(name, value)
@@ -410,7 +384,7 @@ class TestProcesses:
             assert json.loads(run("ls", RUN, "--json").stdout)[0]["complete"]
 
             process.send_signal(signal.SIGINT)
-            assert process.wait(_LIMIT_S) == 0
+            assert process.wait(LIMIT_S) == 0
 
 
 class TestCp:
@@ -466,11 +440,11 @@ class TestCp:
         command = ("cp", f"{RUN}/step-1", str(tmp_path))
         with terminal() as (ours, theirs):
             process = program(
-                *command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=_own_terminal
+                *command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=own_terminal
             )
-            rule.wait(timeout_s=_LIMIT_S)
+            rule.wait(timeout_s=LIMIT_S)
             os.write(ours, b"\x03")
-            assert process.wait(_LIMIT_S) == 130
+            assert process.wait(LIMIT_S) == 130
             shown = os.read(ours, 1 << 16).decode()
         rule.release()
         assert "%|" in shown
@@ -479,11 +453,6 @@ class TestCp:
 
         assert run(*command).exit_code == 0
         assert (tmp_path / ".metadata").exists()
-
-
-def _own_terminal() -> None:
-    os.setsid()
-    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 
 
 class TestBench:

@@ -17,7 +17,7 @@ ROWS = {
     "errors": ["_errors", "_node", "_waiting", "_collector"],
     "portal": ["_calls", "_workers", "_loop_thread", "_cancellation", "_portal", "_budget"],
     "values": ["_config", "_keys", "_store"],
-    "pure": ["_checksums", "_ranges", "_boxes", "_commit", "_inventory", "_opcodes"],
+    "pure": ["_checksums", "_ranges", "_boxes", "_commit", "_formats", "_inventory", "_opcodes"],
     "engine": ["_pacing", "_tally", "_flow", "_uploads", "_downloads", "_publish"],
     "transport": ["_receive", "_sockets", "_turns", "_payload", "_failures", "_client", "_spread"],
     "tensors": [
@@ -29,9 +29,9 @@ ROWS = {
         *("_s3client", "_prefixes", "_streams", "_readers", "_ranged_reader", "_dcp_reader"),
         *("_constructors", "_transfers", "_filesystem", "_landing", "_saving", "_loading"),
         *("_writer", "_reader", "_group_reader", "_planner", "_checkpoint"),
-        *("_survey", "_catalog", "_verifying"),
+        *("_hf_files", "_survey", "_catalog", "_verifying"),
         *("_copies", "_places", "_movers", "_copying", "_bench"),
-        *("_hf_files", "_consolidation", "_hf_saving", "_hf_writer", "_hf_reader"),
+        *("_consolidation", "_hf_saving", "_hf_writer", "_hf_reader"),
     ],
     "cli": ["_terminal", "_options", "_plots", "_cli_bench", "_cli", "__main__"],
 }

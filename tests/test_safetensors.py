@@ -17,10 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from s3dcp import CorruptMetadataError, S3ConfigError
+from s3dcp._formats import INDEX_NAME, MANIFEST_NAME
 from s3dcp._framing import memory_of
 from s3dcp._hf_index import (
-    INDEX_NAME,
-    MANIFEST_NAME,
     Index,
     SavedFile,
     dump_index,

@@ -4,12 +4,12 @@ An object that needs several parts is a multipart upload, which outlives the pro
 The next run of the same copy (its claim at the target says that it is the same) finds it, compares
 each of its parts with the file, and sends the others. Whose upload it is cannot be asked. So:
 
-- One is gone on with only if it has parts of one size, each shown by its checksum, or else by an
-  MD5 in its ETag, to be the file's own bytes. Of several, the one with the most bytes.
+- One is gone on with only if each of its parts is shown by its checksum, or else by an MD5 in its
+  ETag, to be the file's own bytes. Of several, the one with the most bytes.
 - The others are left alone: another program, or another run that is alive, may be writing to them.
   `abort_uploads` removes them by their age.
-- Should two runs go on with the same one, both send the same bytes. One completes it. The other is
-  told that it is gone, finds the object there, and goes on too.
+- Should two runs go on with the same one, both send the same bytes, and a completion names the
+  parts that it means. One completes it; the other is told that it is gone, and ends.
 - A run that fails leaves its uploads, as it leaves whole objects, but for those without a part, and
   those whose parts are of no use since the file is damaged or was changed.
 """
@@ -20,7 +20,7 @@ import hashlib
 import logging
 import os
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from dataclasses import dataclass
 from functools import partial
 
@@ -40,7 +40,7 @@ from s3dcp._movers import READ_BYTES, Cargo, Queue, Room, changed, fill, to_its_
 from s3dcp._places import Bucket, Folder, version_of
 from s3dcp._portal import offload
 from s3dcp._ranges import cut, upload_part_bytes
-from s3dcp._s3client import head, list_uploads
+from s3dcp._s3client import list_uploads
 from s3dcp._store import ObjectInfo, Part, PartList, UploadInfo
 from s3dcp._uploads import Upload, checksums_of
 
@@ -143,7 +143,6 @@ class _Outgoing:
         self._checks = checks
         self._held: frozenset[int] = frozenset()
         self._sent = 0
-        self._is_ended = False  # by somebody else
 
     @property
     def count(self) -> int:
@@ -227,14 +226,11 @@ class _Outgoing:
             self._verify()  # before it is there: it would be taken for whole by another run
             await self.upload.put(views)
             return
-        if self._is_ended:
-            return
         self.is_open = True
         try:
             crcs = await self.upload.send(number, views)
         except ObjectNotFoundError as exc:
-            await self._end(exc)
-            return
+            raise self._gone() from exc
         self._checks.add(segments, crcs if segments else ())
         self._sent += 1
         await self._complete()
@@ -247,24 +243,18 @@ class _Outgoing:
         try:
             await self.upload.complete(self.count)
         except ObjectNotFoundError as exc:
-            await self._end(exc)
+            raise self._gone() from exc
         except S3ServiceError as exc:
             if exc.status == _BAD_REQUEST:
                 await self.upload.abort()  # its parts are of no use, to another run neither
             raise
         self.is_open = False
 
-    async def _end(self, gone: ObjectNotFoundError) -> None:
-        """Take an upload that is gone for one that another run has completed, if it has."""
-        self.is_open = False
-        self._is_ended = True
-        with suppress(ObjectNotFoundError):
-            if (await head(self._channel, self.upload.uri)).size_bytes == self._info.size_bytes:
-                return
-        raise CommitConflictError(
+    def _gone(self) -> CommitConflictError:
+        return CommitConflictError(
             f"Somebody else has ended the upload of {self.upload.uri}: another process that copies "
             "to the same place, or a rule for unfinished uploads. Copy again, one at a time"
-        ) from gone
+        )
 
     def _verify(self) -> None:
         wrong = self._checks.wrong(self._info.size_bytes)
@@ -297,7 +287,9 @@ class _Left:
         try:
             uploads = await list_uploads(self._channel, uri)
             found = [
-                (each, await self._parts(uri, each)) for each in uploads if each.key == uri.key
+                (each, parts)
+                for each in uploads
+                if each.key == uri.key and (parts := await self._parts(uri, each))
             ]
         except S3ServiceError as exc:
             _log.warning("objects that were on their way up start over: %s", exc)
@@ -306,9 +298,9 @@ class _Left:
         found.sort(key=lambda pair: (pair[1].size_bytes, str(pair[0].initiated)), reverse=True)
         return [(each.upload_id, parts) for each, parts in found]
 
-    async def _parts(self, uri: S3Uri, info: UploadInfo) -> PartList:
+    async def _parts(self, uri: S3Uri, info: UploadInfo) -> PartList | None:
         send = partial(self._channel.store.list_parts, uri, info.upload_id)
         try:
             return await self._channel.request("ListParts", uri, send)
         except ObjectNotFoundError:  # it has ended meanwhile
-            return PartList(algorithm=None, composite=True, parts=())
+            return None

@@ -316,17 +316,6 @@ class TestCutOff:
         assert "CreateMultipartUpload" not in fake.stats()
         assert_on_s3(fake, COPY, saved)
 
-    def test_an_upload_that_fails_is_aborted(self, fake: FakeS3, tmp_path: Path) -> None:
-        saved = save_stock(tmp_path)
-        fake.inject(Refuse("AccessDenied"), operation="UploadPart", skip=1)
-        with pytest.raises(S3Exception):
-            copy(tmp_path, COPY)
-        assert fake.uploads(BUCKET) == {}
-
-        copy(tmp_path, COPY)
-
-        assert_on_s3(fake, COPY, saved)
-
     @pytest.mark.parametrize("up", [False, True], ids=["to a disk", "to s3"])
     def test_what_is_there_of_another_checkpoint_is_not_believed(
         self, fake: FakeS3, tmp_path: Path, up: bool
@@ -383,7 +372,6 @@ class TestCutOff:
         copy(*places)
 
         if up:
-            s3dcp.abort_uploads(COPY, grace_s=0, dry_run=False)
             assert_on_s3(fake, COPY, saved)
         else:
             assert_on_disk(folder, saved)

@@ -15,14 +15,19 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from s3dcp._copies import CLAIM_NAME, PARTIAL_SUFFIX
-from s3dcp._errors import CheckpointNotFoundError, CommitConflictError, InvalidS3UriError
+from s3dcp._errors import (
+    CheckpointNotFoundError,
+    CommitConflictError,
+    InvalidS3UriError,
+    S3ServiceError,
+)
 from s3dcp._flow import Channel, wait_all
 from s3dcp._inventory import commits_by_folder, is_commit, place_of
 from s3dcp._keys import S3Uri, child_key
 from s3dcp._portal import offload
 from s3dcp._publish import publish, read
 from s3dcp._s3client import delete, list_all
-from s3dcp._store import ObjectInfo
+from s3dcp._store import Condition, ObjectInfo
 from s3dcp._survey import commits_in, no_checkpoint
 from s3dcp._uploads import Upload
 
@@ -117,7 +122,15 @@ class Bucket:
         return nullcontext()
 
     async def claim(self, body: bytes) -> None:
-        await Upload(self.channel, self.uri(CLAIM_NAME)).put([memoryview(body)])
+        uri, view = self.uri(CLAIM_NAME), memoryview(body)
+        await Upload(self.channel, uri).put([view])
+        store = self.channel.store
+        if store.conditional_writes is None:
+            # Once more, if there is none: a store that honours conditions refuses it, and so is
+            # known to before the commit. Any other writes the same bytes again.
+            again = partial(store.put, uri, [view], condition=Condition(absent=True))
+            with suppress(S3ServiceError):
+                await self.channel.request("PutObject", uri, again)
 
     async def commit(self, name: str, body: bytes, *, overwrite: bool) -> None:
         await publish(self.channel, self.uri(name), body, overwrite=overwrite)

@@ -613,3 +613,32 @@ class TestRefused:
 
         assert rule.struck
         assert isinstance(raised.value.__cause__, ObjectNotFoundError)
+
+
+class TestConditions:
+    """Whether a store honours conditions decides whether one writer at a time is a rule there."""
+
+    @pytest.mark.parametrize("honoured", [False, True])
+    def test_a_copy_finds_out_before_its_commit(
+        self,
+        tmp_path: Path,
+        honoured: bool,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        with FakeS3(conditional_writes=honoured) as fake:
+            for name, value in fake.environ().items():
+                monkeypatch.setenv(name, value)
+            fake.create_bucket(BUCKET)
+            (tmp_path / "a").write_bytes(bytes(10))
+            (tmp_path / ".metadata").write_bytes(metadata_of({"a": 10}))
+
+            copy(tmp_path, COPY)
+            copy(tmp_path, f"{COPY}/2")
+
+            assert fake.keys(BUCKET) == [
+                *("copy/.metadata", "copy/2/.metadata"),
+                *("copy/2/a", "copy/a"),
+            ]
+            fake.check()
+        assert caplog.text.count("conditional writes") == (0 if honoured else 1)

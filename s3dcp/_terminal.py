@@ -33,7 +33,7 @@ class Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
         return super().__enter__()
 
     def __exit__(self, *exc_info: object) -> None:
-        super().__exit__(*exc_info)
+        self.close()
         self._logging.close()
 
     def advance(self, count: int, total: int) -> None:

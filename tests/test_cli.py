@@ -9,7 +9,6 @@ import os
 import pty
 import re
 import select
-import select
 import signal
 import subprocess
 import sys

@@ -100,7 +100,7 @@ def copy(
         s3client_config: Settings of the client.
 
     Raises:
-        S3ConfigError: neither place is on S3.
+        S3ConfigError: neither place is on S3, or both are the same.
         CheckpointNotFoundError: there is none at the source.
         CheckpointExistsError: another one is at the target.
         CheckpointChangedError: the source was changed meanwhile.
@@ -123,6 +123,8 @@ def copy(
     )
     if isinstance(copying.source, Folder) and isinstance(copying.target, Folder):
         raise S3ConfigError(f"One of {source} and {target} must be an s3:// URI")
+    if str(copying.source) == str(copying.target):
+        raise S3ConfigError(f"{target} is what is to be copied: copy it to another place")
     portal.call(copying.prepare)
     config = client.s3client_config
     limit_bytes = config.memory_bytes()

@@ -29,7 +29,7 @@ from s3dcp._errors import CheckpointChangedError, ObjectNotFoundError
 from s3dcp._flow import wait_all
 from s3dcp._keys import S3Uri
 from s3dcp._landing import damaged
-from s3dcp._places import Bucket, Folder, partial_of
+from s3dcp._places import Bucket, Folder, naming, partial_of
 from s3dcp._portal import offload
 from s3dcp._ranges import cut, span_bytes
 from s3dcp._s3client import copy
@@ -208,8 +208,9 @@ class _Incoming:
 
     def write(self, view: memoryview) -> None:
         """Append bytes."""
-        while view.nbytes:
-            view = view[self._file.write(view) :]
+        with naming(self._partial):
+            while view.nbytes:
+                view = view[self._file.write(view) :]
 
     def finish(self) -> None:
         """Give it its name, if it is what was saved; else remove it."""

@@ -6,6 +6,7 @@ block.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -179,7 +180,9 @@ class Folder:
         self.file(name)
 
     def no_checkpoint(self) -> CheckpointNotFoundError:
-        return CheckpointNotFoundError(f"No checkpoint at {self.path}: there is no .metadata in it")
+        return CheckpointNotFoundError(
+            f"No checkpoint at {self.path}: there is no .metadata in it. Name a checkpoint's folder"
+        )
 
     async def commits(self) -> tuple[ObjectInfo, ...]:
         return await offload(self._commits)
@@ -236,7 +239,12 @@ class Folder:
 
     async def claim(self, body: bytes) -> None:
         # In place, as it is locked; one that is cut short claims nothing.
-        await offload((self.path / CLAIM_NAME).write_bytes, body)
+        await offload(self._claim, body)
+
+    def _claim(self, body: bytes) -> None:
+        path = self.path / CLAIM_NAME
+        with naming(path):
+            path.write_bytes(body)
 
     async def commit(self, name: str, body: bytes, *, overwrite: bool) -> None:  # noqa: ARG002
         await offload(self._commit, name, body)
@@ -244,7 +252,7 @@ class Folder:
     def _commit(self, name: str, body: bytes) -> None:
         self._sync_folders()  # so that the names of all files are on the disk before this one's
         path = partial_of(self.file(name))
-        with path.open("wb") as file:
+        with naming(path), path.open("wb") as file:
             file.write(body)
             publish_file(file, self.file(name))
         self._changed(self.file(name))
@@ -253,7 +261,8 @@ class Folder:
     def publish(self, file: BinaryIO, name: str) -> None:
         """Give a file that is whole its name, once it is on the disk."""
         path = self.file(name)
-        publish_file(file, path)
+        with naming(path):
+            publish_file(file, path)
         self._changed(path)
 
     def _changed(self, path: Path) -> None:
@@ -263,6 +272,19 @@ class Folder:
     def _sync_folders(self) -> None:
         while self._unsynced:
             _sync_folder(self._unsynced.pop())
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have what the disk refuses say of which file, and what to do."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.filename is None:
+            exc.filename = str(path)
+        if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
+            exc.strerror = f"{exc.strerror}: make room, and the same copy goes on"
+        raise
 
 
 def partial_of(path: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -285,6 +286,24 @@ class TestCutOff:
         copy(RUN, tmp_path)
         assert_on_disk(tmp_path, saved)
 
+    def test_a_source_that_was_changed_in_between_starts_over(
+        self, fake: FakeS3, tmp_path: Path
+    ) -> None:
+        """Another object of the same name and size; `.metadata` stays as it was."""
+        fake.write(BUCKET, "run/.metadata", metadata_of({"a": 12 * MiB}))
+        fake.write(BUCKET, "run/a", bytes(12 * MiB))
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key="run/a", skip=1)
+        with pytest.raises(S3Exception):
+            copy(RUN, tmp_path, s3client_config=ONE)
+        assert (tmp_path / "a.partial").stat().st_size == 5 * MiB
+        changed = b"changed " * (12 * MiB // 8)
+        fake.write(BUCKET, "run/a", changed)
+
+        report = copy(RUN, tmp_path, s3client_config=ONE)
+
+        assert report.copied_bytes == 12 * MiB
+        assert (tmp_path / "a").read_bytes() == changed
+
     def test_whole_items_that_were_damaged_are_found_before_anything_is_fetched(
         self, fake: FakeS3, tmp_path: Path
     ) -> None:
@@ -497,6 +516,12 @@ class TestRefused:
             ("{disk}/none", COPY, CheckpointNotFoundError),
             ("s3://nowhere/run", "{disk}/b", S3Exception),
             (RUN, "{disk}/file", FileExistsError),
+            (RUN, "/sys/folder", OSError),
+            (RUN, f"{RUN}/", S3ConfigError),
+            (f"{RUN}/__0_0.distcp", "{disk}/b", CheckpointNotFoundError),
+            (f"{RUN}/.metadata", "{disk}/b", CheckpointNotFoundError),
+            ("{disk}", COPY, CheckpointNotFoundError),
+            ("{disk}/file", COPY, CheckpointNotFoundError),
         ],
     )
     def test_what_cannot_be(
@@ -509,6 +534,35 @@ class TestRefused:
             copy(source.format(disk=tmp_path), target.format(disk=tmp_path))
 
         assert not (tmp_path / "b").exists()
+
+    def test_a_slash_at_the_end_is_nothing(self, fake: FakeS3, tmp_path: Path) -> None:
+        put_checkpoint(fake, "run/", "__0_0.distcp")
+
+        copy(f"{RUN}/", f"{tmp_path}/copy/")
+        copy(f"{tmp_path}/copy/", f"{COPY}/")
+
+        assert fake.keys(BUCKET, "copy/") == ["copy/.metadata", "copy/__0_0.distcp"]
+
+    @pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="no disk that is always full")
+    @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+    def test_a_full_disk(self, fake: FakeS3, tmp_path: Path, name: str) -> None:
+        put_checkpoint(fake, "run/", "__0_0.distcp")
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key="*.distcp")
+        with pytest.raises(S3Exception):
+            copy(RUN, tmp_path)
+        full = tmp_path / f"{name}.partial"
+        full.unlink(missing_ok=True)
+        full.symlink_to("/dev/full")
+
+        with pytest.raises(OSError, match=f"make room, .*: '{full}'") as raised:
+            copy(RUN, tmp_path)
+
+        assert raised.value.errno == errno.ENOSPC
+        assert not (tmp_path / name).exists()
+        assert not (tmp_path / ".metadata").exists()
+        full.unlink()
+        copy(RUN, tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {".metadata", "__0_0.distcp"}
 
     @pytest.mark.parametrize(
         "name", ["../out", "/etc/out", "a//b", "a/../../out", "a/./b", "x.partial"]

@@ -16,6 +16,7 @@ import pytest
 import s3dcp
 from s3dcp import CommitConflictError, S3ClientConfig, S3Exception, copy
 from s3dcp._checksums import crc_of, encoded
+from s3dcp._client import S3Store
 from s3dcp._store import Checksum
 from s3dcp.testing import Call, Drop, FakeS3, Fault, Limits, Record, Refuse, Stall
 from tests._catalogs import BUCKET, metadata_of
@@ -216,6 +217,36 @@ class TestTheSameCopyAgain:
 
             assert sent(fake) == ([3, 4] if md5 else [1, 2, 3, 4])
             assert_copied(fake, disk, left=() if md5 else (upload_id,))
+
+    def test_on_rclone(
+        self,
+        server: Server,
+        bucket: str,
+        boto: Any,
+        disk: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Whose ETags of parts are MD5 sums, and which knows no checksums."""
+        real, numbers = S3Store.upload_part, []
+
+        async def cut(
+            self: S3Store, uri: Any, upload_id: str, number: int, *a: Any, **k: Any
+        ) -> Any:
+            numbers.append(number)
+            if numbers == [1, 2, 3]:
+                raise S3Exception("cut off")
+            return await real(self, uri, upload_id, number, *a, **k)
+
+        monkeypatch.setattr(S3Store, "upload_part", cut)
+        target = f"s3://{bucket}/copy"
+        with pytest.raises(S3Exception, match="cut off"):
+            copy(disk, target, s3client_config=ONE)
+
+        copy(disk, target, s3client_config=ONE)
+
+        assert numbers == [1, 2, 3, 3, 4]
+        body = boto.get_object(Bucket=bucket, Key=KEY)["Body"].read()
+        assert body == (disk / NAME).read_bytes()
 
     def test_with_another_checksum_goes_on_with_that_of_before(
         self, fake: FakeS3, disk: Path

@@ -37,7 +37,7 @@ from s3dcp._inventory import (
 )
 from s3dcp._keys import S3Uri, parse_s3_uri
 from s3dcp._publish import exists
-from s3dcp._s3client import S3Client, list_all
+from s3dcp._s3client import S3Client, list_all, list_uploads
 from s3dcp._store import ObjectInfo, UploadInfo
 from s3dcp._survey import CommitReader, Survey, only, survey
 
@@ -283,10 +283,6 @@ async def _abort_uploads(
 ) -> list[UploadInfo]:
     before = _ago(grace_s)
 
-    async def collect() -> list[UploadInfo]:
-        found = channel.store.list_uploads(root)
-        return [info async for info in found if info.initiated and info.initiated <= before]
-
     async def abort(info: UploadInfo) -> None:
         uri = S3Uri(root.bucket, info.key)
         send = partial(channel.store.abort_upload, uri, info.upload_id)
@@ -295,10 +291,8 @@ async def _abort_uploads(
         except ObjectNotFoundError:
             _log.debug("upload %s of %s has ended by itself", info.upload_id, uri)
 
-    try:
-        uploads = await channel.request("ListMultipartUploads", root, collect)
-    except ObjectNotFoundError:  # as rclone puts it that there are none
-        return []
+    found = await list_uploads(channel, root)
+    uploads = [info for info in found if info.initiated and info.initiated <= before]
     if not dry_run:
         await wait_all([partial(abort, info) for info in uploads])
     return uploads

@@ -6,8 +6,10 @@ awscrt computes them with the processor's own instructions and without the GIL.
 from __future__ import annotations
 
 import base64
+import binascii
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from awscrt import checksums as _crt
 
@@ -34,6 +36,11 @@ _ALGORITHMS: dict[ChecksumName, _Algorithm] = {
     "CRC32C": _Algorithm(_crt.crc32c, _crt.combine_crc32c, 4),
     "CRC32": _Algorithm(_crt.crc32, _crt.combine_crc32, 4),
 }
+
+
+def is_known(algorithm: str) -> TypeGuard[ChecksumName]:
+    """Return whether checksums of this name can be computed here."""
+    return algorithm in _ALGORITHMS
 
 
 def crc_of(views: Views, algorithm: ChecksumName = ITEM_CHECKSUM) -> int:
@@ -67,3 +74,14 @@ def encoded(checksum: Checksum) -> str:
     """Return a checksum as S3's headers carry it: base64 of its bytes, big end first."""
     size = _ALGORITHMS[checksum.algorithm].size_bytes
     return base64.b64encode(checksum.value.to_bytes(size, "big")).decode()
+
+
+def decoded(algorithm: ChecksumName, text: str) -> Checksum | None:
+    """Return the checksum that S3 writes so, or None if it is none."""
+    try:
+        raw = base64.b64decode(text, validate=True)
+    except binascii.Error:
+        return None
+    if len(raw) != _ALGORITHMS[algorithm].size_bytes:
+        return None
+    return Checksum(algorithm, int.from_bytes(raw, "big"))

@@ -18,7 +18,7 @@ import os
 import re
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -30,7 +30,7 @@ from botocore.loaders import create_loader
 from botocore.parsers import ResponseParserError
 from botocore.utils import parse_timestamp
 
-from s3dcp._checksums import encoded
+from s3dcp._checksums import decoded, encoded
 from s3dcp._config import ChecksumName, S3ClientConfig
 from s3dcp._errors import PreconditionFailedError, S3Exception, S3ProtocolError, S3TimeoutError
 from s3dcp._failures import mapped, setup_error
@@ -44,6 +44,7 @@ from s3dcp._store import (
     Condition,
     ObjectInfo,
     Part,
+    PartList,
     Receipt,
     Scatter,
     UploadInfo,
@@ -245,6 +246,23 @@ class S3Store:
                         initiated=entry.get("Initiated"),
                     )
 
+    async def list_parts(self, uri: S3Uri, upload_id: str) -> PartList:
+        client = await self._opened()
+        pages = client.get_paginator("list_parts").paginate(
+            Bucket=uri.bucket, Key=uri.key, UploadId=upload_id, **self._read_args()
+        )
+        head: dict[str, Any] = {}
+        parts: list[Part] = []
+        with mapped("ListParts", uri):
+            async for page in pages:
+                head = head or page
+                parts += map(_part, page.get("Parts", ()))
+        return PartList(
+            algorithm=head.get("ChecksumAlgorithm"),
+            composite=head.get("ChecksumType") == "COMPOSITE",
+            parts=tuple(sorted(parts, key=lambda part: part.number)),
+        )
+
     async def delete(self, uri: S3Uri, *, if_match: str | None = None) -> None:
         condition = if_match if self.conditional_writes else None
         with mapped("DeleteObject", uri):
@@ -312,7 +330,7 @@ class S3Store:
                 failure = S3ProtocolError("The store does not copy parts: the answer has no ETag")
                 failure.retryable = False
                 raise failure
-            return Part(number=number, etag=etag, checksum=None)
+            return Part(number=number, size_bytes=end - start, etag=etag, checksum=None)
 
     @property
     def _idle_s(self) -> float:
@@ -490,6 +508,20 @@ def _receipt(answer: dict[str, Any], checksum: Checksum | None) -> Receipt:
             f"The store's checksum {echoed} is not that of the bytes sent, {encoded(checksum)}"
         )
     return Receipt(etag=answer.get("ETag"), checksum_echoed=echoed is not None)
+
+
+def _part(entry: dict[str, Any]) -> Part:
+    sums = (
+        decoded(name, entry[f"Checksum{name}"])
+        for name in get_args(ChecksumName)
+        if f"Checksum{name}" in entry
+    )
+    return Part(
+        number=int(entry["PartNumber"]),
+        size_bytes=int(entry["Size"]),
+        etag=_quoted(entry.get("ETag")),
+        checksum=next(sums, None),
+    )
 
 
 def _quoted(etag: str | None) -> str | None:

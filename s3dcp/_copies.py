@@ -27,7 +27,8 @@ from s3dcp._checksums import combine
 from s3dcp._errors import CorruptMetadataError
 from s3dcp._formats import is_commit
 from s3dcp._metadata import crcs_of, load_metadata
-from s3dcp._store import ObjectInfo
+from s3dcp._ranges import MAX_PARTS, MIN_PART_BYTES
+from s3dcp._store import ObjectInfo, PartList
 
 #: What a claim is called, in the folder that is being written.
 CLAIM_NAME = ".s3dcp-copy"
@@ -157,6 +158,36 @@ def plan(
         removed_last=() if clash else tuple(old),
         trusted=trusted,
     )
+
+
+def part_bytes_of(
+    found: PartList, size_bytes: int, wanted_bytes: int, most_bytes: int
+) -> int | None:
+    """Return the size of an unfinished upload's parts, or None if nobody can go on with it.
+
+    One is gone on with if all its parts have one size, but for the last, and the object's checksum
+    is that of its bytes, as with all that s3dcp begins.
+
+    Args:
+        found: What it holds.
+        size_bytes: Of the object.
+        wanted_bytes: The size that its parts would be given now.
+        most_bytes: What they must not be larger than.
+    """
+    if found.composite:
+        return None
+    largest = max((part.size_bytes for part in found.parts), default=wanted_bytes)
+    for size in (wanted_bytes, largest):
+        if (
+            MIN_PART_BYTES <= size <= most_bytes
+            and -(-size_bytes // size) <= MAX_PARTS
+            and all(
+                0 < part.size_bytes == min(size, size_bytes - (part.number - 1) * size)
+                for part in found.parts
+            )
+        ):
+            return size
+    return None
 
 
 class Checks:

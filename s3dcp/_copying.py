@@ -24,10 +24,11 @@ from s3dcp._errors import (
 from s3dcp._flow import Channel
 from s3dcp._inventory import Contents, folder_of, problem_of
 from s3dcp._keys import parse_s3_uri, uri_text
-from s3dcp._movers import Cargo, Room, copy_within, download, upload
+from s3dcp._movers import Cargo, Room, copy_within, download
 from s3dcp._places import Bucket, Folder, Place
 from s3dcp._portal import offload
 from s3dcp._s3client import S3Client
+from s3dcp._sending import upload
 from s3dcp._store import ObjectInfo
 from s3dcp._tally import Tally, Totals
 
@@ -80,8 +81,9 @@ def copy(
 
     What its commits name is copied first, and the commits last: what was cut off does not look
     like a checkpoint. The same call then goes on where it ended, as long as the source has not
-    changed: objects that were whole stay, and a file on a disk grows on from its length. An object
-    that was on its way up starts over.
+    changed: objects that were whole stay, a file on a disk grows on from its length, and the parts
+    that an upload has are compared with the file, and not sent again. Until then they are stored
+    and paid for, where no `abort_uploads` removes them.
 
     Let one process at a time copy to a place. On a disk another one is refused. In a bucket it is
     found out only before the commit, when objects that both call the same may be the other's.
@@ -98,7 +100,7 @@ def copy(
         s3client_config: Settings of the client.
 
     Raises:
-        S3ConfigError: neither place is on S3.
+        S3ConfigError: neither place is on S3, or both are the same.
         CheckpointNotFoundError: there is none at the source.
         CheckpointExistsError: another one is at the target.
         CheckpointChangedError: the source was changed meanwhile.
@@ -121,6 +123,8 @@ def copy(
     )
     if isinstance(copying.source, Folder) and isinstance(copying.target, Folder):
         raise S3ConfigError(f"One of {source} and {target} must be an s3:// URI")
+    if str(copying.source) == str(copying.target):
+        raise S3ConfigError(f"{target} is what is to be copied: copy it to another place")
     portal.call(copying.prepare)
     config = client.s3client_config
     limit_bytes = config.memory_bytes()
@@ -281,7 +285,7 @@ class _Copying:
             case Bucket() as source, Folder() as target:
                 self._resumed_bytes = await download(source, target, cargo, room)
             case Folder() as source, Bucket() as target:
-                await upload(source, target, cargo, room)
+                self._resumed_bytes = await upload(source, target, cargo, room)
             case Bucket() as source, Bucket() as target:
                 await copy_within(source, target, cargo)
 

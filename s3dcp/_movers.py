@@ -1,4 +1,4 @@
-"""The bytes of a copy: from a bucket to a disk, the other way, or within a store.
+"""The bytes of a copy: from a bucket to a disk, or within a store; `_sending` has the other way.
 
 A few buffers of a part each are all the memory that it takes. Files are read and written by worker
 threads, through buffers and not through a mapping: there, a page that has to be read from the disk
@@ -14,31 +14,31 @@ from __future__ import annotations
 import asyncio
 import io
 import os
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from s3dcp._checksums import crcs_of
 from s3dcp._config import MiB
 from s3dcp._copies import Checks, Item
 from s3dcp._downloads import Downloads
-from s3dcp._errors import CheckpointChangedError, IntegrityError, ObjectNotFoundError
+from s3dcp._errors import CheckpointChangedError, ObjectNotFoundError
 from s3dcp._flow import wait_all
 from s3dcp._keys import S3Uri
 from s3dcp._landing import damaged
-from s3dcp._places import Bucket, Folder, partial_of, version_of
+from s3dcp._places import Bucket, Folder, naming, partial_of
 from s3dcp._portal import offload
-from s3dcp._ranges import cut, span_bytes, upload_part_bytes
+from s3dcp._ranges import cut, span_bytes
 from s3dcp._s3client import copy
 from s3dcp._store import ObjectInfo
-from s3dcp._uploads import Upload
 
 T = TypeVar("T")
 
-_READ_BYTES = 8 * MiB
+#: How much of a file is read at once where nothing is sent.
+READ_BYTES = 8 * MiB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +101,7 @@ async def download(source: Bucket, target: Folder, cargo: Cargo, room: Room) -> 
     opened: set[_Incoming] = set()
     resumed_bytes = 0
 
-    async def work(queue: _Queue) -> None:
+    async def work(queue: Queue[_Part]) -> None:
         buffer = memoryview(bytearray(size))
         while part := await queue.take():
             view = buffer[: part.end - part.start]
@@ -110,14 +110,14 @@ async def download(source: Bucket, target: Folder, cargo: Cargo, room: Room) -> 
             try:
                 crcs = await downloads.fetch(part.file.uri, part.start, [view], checked)
             except ObjectNotFoundError as exc:
-                raise _changed(part.file.uri) from exc
+                raise changed(part.file.uri) from exc
             part.file.checks.add(segments, crcs)
             await part.previous.wait()
-            await _to_its_end(part.file.write, view)
+            await to_its_end(part.file.write, view)
             part.written.set()
             cargo.advance(view.nbytes)
             if part.end == part.file.size_bytes:
-                await _to_its_end(part.file.finish)
+                await to_its_end(part.file.finish)
                 opened.discard(part.file)
 
     async def parts() -> AsyncGenerator[_Part]:
@@ -127,11 +127,11 @@ async def download(source: Bucket, target: Folder, cargo: Cargo, room: Room) -> 
             downloads.pin(uri, info.etag)
             file = _Incoming(target, info, uri, cargo.checks(info))
             opened.add(file)
-            start = await _to_its_end(file.begin, cargo.resume)
+            start = await to_its_end(file.begin, cargo.resume)
             resumed_bytes += start
             cargo.advance(start)
             if start == info.size_bytes:
-                await _to_its_end(file.finish)
+                await to_its_end(file.finish)
                 opened.discard(file)
             written = asyncio.Event()
             written.set()
@@ -141,7 +141,7 @@ async def download(source: Bucket, target: Folder, cargo: Cargo, room: Room) -> 
 
     try:
         async with aclosing(parts()) as generator:
-            queue = _Queue(generator)
+            queue = Queue(generator)
             await wait_all([partial(work, queue)] * room.buffers(size))
     finally:
         for file in opened:
@@ -160,14 +160,15 @@ class _Part:
     written: asyncio.Event
 
 
-class _Queue:
+class Queue(Generic[T]):
     """Parts, for many to take from."""
 
-    def __init__(self, parts: AsyncGenerator[_Part]) -> None:
+    def __init__(self, parts: AsyncGenerator[T]) -> None:
         self._parts = parts
         self._taking = asyncio.Lock()
 
-    async def take(self) -> _Part | None:
+    async def take(self) -> T | None:
+        """Return the next one; None at the end."""
         async with self._taking:
             return await anext(self._parts, None)
 
@@ -196,19 +197,20 @@ class _Incoming:
         return 0
 
     def _is_sound(self, size_bytes: int) -> bool:
-        buffer = memoryview(bytearray(min(_READ_BYTES, size_bytes)))
-        for start, end in cut(0, size_bytes, _READ_BYTES):
+        buffer = memoryview(bytearray(min(READ_BYTES, size_bytes)))
+        for start, end in cut(0, size_bytes, READ_BYTES):
             segments = self.checks.segments(start, end)
             if segments:
-                _fill(self._file, start, buffer[: end - start])
+                fill(self._file, start, buffer[: end - start])
                 views = [buffer[a - start : b - start] for a, b in segments]
                 self.checks.add(segments, crcs_of(views))
         return self.checks.wrong(size_bytes) is None
 
     def write(self, view: memoryview) -> None:
         """Append bytes."""
-        while view.nbytes:
-            view = view[self._file.write(view) :]
+        with naming(self._partial):
+            while view.nbytes:
+                view = view[self._file.write(view) :]
 
     def finish(self) -> None:
         """Give it its name, if it is what was saved; else remove it."""
@@ -224,7 +226,7 @@ class _Incoming:
         self._opened.close()
 
 
-async def _to_its_end(function: Callable[..., T], *args: object) -> T:
+async def to_its_end(function: Callable[..., T], *args: object) -> T:
     """Run a function on a worker thread. If this is cancelled, its file is closed only then."""
     running = asyncio.ensure_future(offload(function, *args))
     try:
@@ -232,101 +234,6 @@ async def _to_its_end(function: Callable[..., T], *args: object) -> T:
     except asyncio.CancelledError:
         await asyncio.wait([running])
         raise
-
-
-async def upload(source: Folder, target: Bucket, cargo: Cargo, room: Room) -> None:
-    """Copy from a disk to a bucket.
-
-    Raises:
-        CheckpointChangedError: a file was changed or removed meanwhile.
-        IntegrityError: an item is not what was saved.
-        OSError: a file cannot be read.
-        S3Exception: as the store.
-    """
-    files = [_Outgoing(source, target, info, cargo.checks(info), room) for info in cargo.files]
-    if not files:
-        return
-    parts = ((file, number, a, b) for file in files for number, (a, b) in file.parts())
-    size = max(file.part_bytes for file in files)
-
-    async def work() -> None:
-        buffer = memoryview(bytearray(size))
-        for file, number, start, end in parts:
-            view = buffer[: end - start]
-            await offload(file.read, start, view)
-            await file.send(number, start, view)
-            cargo.advance(view.nbytes)
-
-    try:
-        await wait_all([work] * room.buffers(size))
-    except BaseException:
-        await wait_all([file.upload.abort for file in files if file.is_open])
-        raise
-
-
-class _Outgoing:
-    """A file on its way up."""
-
-    def __init__(
-        self, source: Folder, target: Bucket, info: ObjectInfo, checks: Checks, room: Room
-    ) -> None:
-        self.upload = Upload(target.channel, target.uri(info.key))
-        self.part_bytes = min(
-            upload_part_bytes(
-                info.size_bytes, room.part_bytes, room.connections, room.buffer_bytes
-            ),
-            max(info.size_bytes, 1),
-        )
-        self.is_open = False
-        self._path = source.file(info.key)
-        self._info = info
-        self._checks = checks
-        self._count = max(1, -(-info.size_bytes // self.part_bytes))
-        self._left = self._count
-
-    def parts(self) -> Iterator[tuple[int, tuple[int, int]]]:
-        """Return the parts' numbers, and where they are in the file."""
-        if not self._info.size_bytes:
-            return iter([(1, (0, 0))])
-        return enumerate(cut(0, self._info.size_bytes, self.part_bytes), 1)
-
-    def read(self, start: int, view: memoryview) -> None:
-        """Read a part."""
-        try:
-            with self._path.open("rb", buffering=0) as file:
-                _fill(file, start, view)
-                version = version_of(os.fstat(file.fileno()))
-        except (FileNotFoundError, EOFError) as exc:
-            raise _changed(self._path) from exc
-        if version != self._info.etag:
-            raise _changed(self._path)
-
-    async def send(self, number: int, start: int, view: memoryview) -> None:
-        """Send a part; with the last one that is left, publish the object."""
-        end = start + view.nbytes
-        segments = self._checks.segments(start, end)
-        views = [view[a - start : b - start] for a, b in segments]
-        if self._count == 1:
-            self._checks.add(segments, await offload(crcs_of, views))
-            self._verify()  # before it is there: it would be taken for whole by another run
-            await self.upload.put(views or [view])
-            return
-        self.is_open = True
-        crcs = await self.upload.send(number, views or [view])
-        self._checks.add(segments, crcs if segments else ())
-        self._left -= 1
-        if not self._left:
-            self._verify()
-            await self.upload.complete(self._count)
-            self.is_open = False
-
-    def _verify(self) -> None:
-        wrong = self._checks.wrong(self._info.size_bytes)
-        if wrong is not None:
-            raise IntegrityError(
-                f"{wrong.name}: bytes [{wrong.start}, {wrong.end}) of {self._path} differ from "
-                "those that were saved (CRC64NVME): copy an older checkpoint"
-            )
 
 
 async def copy_within(source: Bucket, target: Bucket, cargo: Cargo) -> None:
@@ -342,13 +249,13 @@ async def copy_within(source: Bucket, target: Bucket, cargo: Cargo) -> None:
         try:
             await copy(target.channel, uri, target.uri(info.key))
         except ObjectNotFoundError as exc:
-            raise _changed(uri) from exc
+            raise changed(uri) from exc
         cargo.advance(info.size_bytes)
 
     await wait_all([partial(one, info) for info in cargo.files])
 
 
-def _fill(file: io.RawIOBase, start: int, view: memoryview) -> None:
+def fill(file: io.RawIOBase, start: int, view: memoryview) -> None:
     """Read as many bytes as fit.
 
     Raises:
@@ -362,7 +269,7 @@ def _fill(file: io.RawIOBase, start: int, view: memoryview) -> None:
         view = view[count:]
 
 
-def _changed(where: S3Uri | Path) -> CheckpointChangedError:
+def changed(where: S3Uri | Path) -> CheckpointChangedError:
     return CheckpointChangedError(
         f"{where} was replaced or deleted while it was being copied: copy the checkpoint again"
     )

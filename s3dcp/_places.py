@@ -6,6 +6,7 @@ block.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,12 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from s3dcp._copies import CLAIM_NAME, PARTIAL_SUFFIX
-from s3dcp._errors import CheckpointNotFoundError, CommitConflictError, InvalidS3UriError
+from s3dcp._errors import (
+    CheckpointNotFoundError,
+    CommitConflictError,
+    InvalidS3UriError,
+    S3ServiceError,
+)
 from s3dcp._flow import Channel, wait_all
 from s3dcp._formats import is_commit
 from s3dcp._inventory import commits_by_folder, place_of
@@ -23,7 +29,7 @@ from s3dcp._keys import S3Uri, child_key
 from s3dcp._portal import offload
 from s3dcp._publish import publish, read
 from s3dcp._s3client import delete, list_all
-from s3dcp._store import ObjectInfo
+from s3dcp._store import Condition, ObjectInfo
 from s3dcp._survey import commits_in, no_checkpoint
 from s3dcp._uploads import Upload
 
@@ -118,7 +124,15 @@ class Bucket:
         return nullcontext()
 
     async def claim(self, body: bytes) -> None:
-        await Upload(self.channel, self.uri(CLAIM_NAME)).put([memoryview(body)])
+        uri, view = self.uri(CLAIM_NAME), memoryview(body)
+        await Upload(self.channel, uri).put([view])
+        store = self.channel.store
+        if store.conditional_writes is None:
+            # Once more, if there is none: a store that honours conditions refuses it, and so is
+            # known to before the commit. Any other writes the same bytes again.
+            again = partial(store.put, uri, [view], condition=Condition(absent=True))
+            with suppress(S3ServiceError):
+                await self.channel.request("PutObject", uri, again)
 
     async def commit(self, name: str, body: bytes, *, overwrite: bool) -> None:
         await publish(self.channel, self.uri(name), body, overwrite=overwrite)
@@ -167,7 +181,9 @@ class Folder:
         self.file(name)
 
     def no_checkpoint(self) -> CheckpointNotFoundError:
-        return CheckpointNotFoundError(f"No checkpoint at {self.path}: there is no .metadata in it")
+        return CheckpointNotFoundError(
+            f"No checkpoint at {self.path}: there is no .metadata in it. Name a checkpoint's folder"
+        )
 
     async def commits(self) -> tuple[ObjectInfo, ...]:
         return await offload(self._commits)
@@ -224,7 +240,12 @@ class Folder:
 
     async def claim(self, body: bytes) -> None:
         # In place, as it is locked; one that is cut short claims nothing.
-        await offload((self.path / CLAIM_NAME).write_bytes, body)
+        await offload(self._claim, body)
+
+    def _claim(self, body: bytes) -> None:
+        path = self.path / CLAIM_NAME
+        with naming(path):
+            path.write_bytes(body)
 
     async def commit(self, name: str, body: bytes, *, overwrite: bool) -> None:  # noqa: ARG002
         await offload(self._commit, name, body)
@@ -232,7 +253,7 @@ class Folder:
     def _commit(self, name: str, body: bytes) -> None:
         self._sync_folders()  # so that the names of all files are on the disk before this one's
         path = partial_of(self.file(name))
-        with path.open("wb") as file:
+        with naming(path), path.open("wb") as file:
             file.write(body)
             publish_file(file, self.file(name))
         self._changed(self.file(name))
@@ -241,7 +262,8 @@ class Folder:
     def publish(self, file: BinaryIO, name: str) -> None:
         """Give a file that is whole its name, once it is on the disk."""
         path = self.file(name)
-        publish_file(file, path)
+        with naming(path):
+            publish_file(file, path)
         self._changed(path)
 
     def _changed(self, path: Path) -> None:
@@ -251,6 +273,19 @@ class Folder:
     def _sync_folders(self) -> None:
         while self._unsynced:
             _sync_folder(self._unsynced.pop())
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Have what the disk refuses say of which file, and what to do."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.filename is None:
+            exc.filename = str(path)
+        if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
+            exc.strerror = f"{exc.strerror}: make room, and the same copy goes on"
+        raise
 
 
 def partial_of(path: Path) -> Path:

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 from s3dcp._collector import CollectorPause
 from s3dcp._config import S3ClientConfig
 from s3dcp._downloads import Downloads
-from s3dcp._errors import InvalidS3UriError
+from s3dcp._errors import InvalidS3UriError, ObjectNotFoundError
 from s3dcp._flow import Channel, Pacer, RetryPolicy, Slots
 from s3dcp._keys import S3Uri, parse_s3_uri
 from s3dcp._portal import Portal, offload, portal
 from s3dcp._ranges import cut, upload_part_bytes
-from s3dcp._store import ObjectInfo
+from s3dcp._store import ObjectInfo, UploadInfo
 from s3dcp._tally import Tally
 from s3dcp._uploads import Upload
 
@@ -208,6 +208,18 @@ async def list_all(channel: Channel, uri: S3Uri, *, delimiter: str = "") -> list
         return [info async for info in channel.store.list(uri, delimiter=delimiter)]
 
     return await channel.request("ListObjectsV2", uri, collect)
+
+
+async def list_uploads(channel: Channel, uri: S3Uri) -> list[UploadInfo]:
+    """List the unfinished uploads to keys that start with the URI's key."""
+
+    async def collect() -> list[UploadInfo]:
+        return [info async for info in channel.store.list_uploads(uri)]
+
+    try:
+        return await channel.request("ListMultipartUploads", uri, collect)
+    except ObjectNotFoundError:  # as rclone puts it that there are none
+        return []
 
 
 def _object_uri(bucket: str, key: str) -> S3Uri:

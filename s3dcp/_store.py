@@ -67,8 +67,29 @@ class Part:
     """An uploaded part, as the completion of its upload names it."""
 
     number: int
+    size_bytes: int
     etag: str | None
     checksum: Checksum | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PartList:
+    """What a multipart upload holds that is not complete.
+
+    Attributes:
+        algorithm: S3's name of the checksum that it was created for; None where it has none.
+        composite: Whether the object's checksum is made of its parts', rather than of its bytes.
+        parts: By number.
+    """
+
+    algorithm: str | None
+    composite: bool
+    parts: tuple[Part, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """The size of the parts."""
+        return sum(part.size_bytes for part in self.parts)
 
 
 class Scatter:
@@ -177,6 +198,9 @@ class Store(Protocol):
 
     def list_uploads(self, uri: S3Uri) -> AsyncIterator[UploadInfo]:
         """Iterate over the unfinished uploads to keys that start with the URI's key."""
+
+    async def list_parts(self, uri: S3Uri, upload_id: str) -> PartList:
+        """Return what an unfinished upload holds."""
 
     async def delete(self, uri: S3Uri, *, if_match: str | None = None) -> None:
         """Delete an object; an absent one is no error.

@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
-from typing import Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
 
 import click
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from s3dcp._tally import OperationTotals
+
+if TYPE_CHECKING:
+    from typing import Self
 
 
 class Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
@@ -20,6 +25,16 @@ class Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
 
     def __init__(self, unit: str = "B") -> None:  # bytes, unless it says otherwise
         super().__init__(unit=unit, unit_scale=True, unit_divisor=1024, disable=None, leave=False)
+        self._logging = ExitStack()
+
+    def __enter__(self) -> Self:
+        if not self.disable:  # what is logged meanwhile gets lines of its own, above it
+            self._logging.enter_context(logging_redirect_tqdm(tqdm_class=Bar))
+        return super().__enter__()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+        self._logging.close()
 
     def advance(self, count: int, total: int) -> None:
         """Take note of so many more, of so many in all."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import cast
 
@@ -42,13 +42,32 @@ class Upload:
     def __init__(self, channel: Channel, uri: S3Uri) -> None:
         self.uri = uri
         self._channel = channel
-        self._upload_id: asyncio.Task[str] | None = None
-        self._parts: dict[int, tuple[Part, int]] = {}
+        self._checksum = channel.checksum
+        self._upload_id: asyncio.Future[str] | None = None
+        self._parts: dict[int, Part] = {}
         self._sending: set[asyncio.Task[object]] = set()
         self._asked = False  # for the upload's id, and not answered yet
         self._closed = False
         #: Whether there may be an object under the key.
         self.touched = False
+
+    @property
+    def has_parts(self) -> bool:
+        """Whether there is something for another to go on with."""
+        return bool(self._parts)
+
+    def go_on(self, upload_id: str, parts: Iterable[Part], checksum: ChecksumName | None) -> None:
+        """Go on with an upload that was left unfinished, instead of creating one.
+
+        Args:
+            upload_id: Its id.
+            parts: Those that it holds, and that are known to be right.
+            checksum: What it was created for, which is what its other parts must have.
+        """
+        self._upload_id = asyncio.get_running_loop().create_future()
+        self._upload_id.set_result(upload_id)
+        self._parts = {part.number: part for part in parts}
+        self._checksum = checksum
 
     async def put(self, body: Views) -> list[int]:
         """Write the whole object in one request; return the item CRC of each view."""
@@ -89,8 +108,9 @@ class Upload:
         heed(receipt, self._channel.store, self.uri, checksum)
         # A checksum that the store did not echo is not named again on completion.
         named = checksum if receipt.checksum_echoed else None
-        part = Part(number=number, etag=receipt.etag, checksum=named)
-        self._parts[number] = part, size
+        self._parts[number] = Part(
+            number=number, size_bytes=size, etag=receipt.etag, checksum=named
+        )
         return crcs
 
     async def send_all(self, parts: Sequence[memoryview]) -> None:
@@ -111,9 +131,8 @@ class Upload:
         if sorted(self._parts) != list(range(1, count + 1)):
             raise IncompleteSaveError(f"{self.uri} has {len(self._parts)} of {count} parts")
         upload_id = await asyncio.shield(self._started())
-        sent = [self._parts[number] for number in range(1, count + 1)]
-        parts = [part for part, _ in sent]
-        checksum = _whole(sent, self._channel.checksum)
+        parts = [self._parts[number] for number in range(1, count + 1)]
+        checksum = _whole(parts, self._checksum)
 
         self.touched = True
         lost = False  # whether an attempt's answer was
@@ -133,7 +152,7 @@ class Upload:
         except ObjectNotFoundError:
             # The upload is gone. If an answer was lost, it was that of the attempt that made it so.
             head = partial(self._channel.store.head, self.uri)
-            size = sum(size for _, size in sent)
+            size = sum(part.size_bytes for part in parts)
             if not lost:
                 raise
             if (await self._channel.request("HeadObject", self.uri, head)).size_bytes != size:
@@ -160,7 +179,7 @@ class Upload:
         if started.done():
             await asyncio.shield(dropping)
 
-    async def _drop(self, started: asyncio.Task[str]) -> None:
+    async def _drop(self, started: asyncio.Future[str]) -> None:
         try:
             upload_id = await started
         except (S3Exception, asyncio.CancelledError):
@@ -181,7 +200,7 @@ class Upload:
                 exc,
             )
 
-    def _started(self) -> asyncio.Task[str]:
+    def _started(self) -> asyncio.Future[str]:
         """Return the task of creating the upload, which no single part cancels for the others."""
         if self._upload_id is None:
             self._upload_id = asyncio.create_task(self._create())
@@ -191,9 +210,7 @@ class Upload:
         async def create() -> str:
             self._asked = True
             try:
-                return await self._channel.store.create_upload(
-                    self.uri, checksum=self._channel.checksum
-                )
+                return await self._channel.store.create_upload(self.uri, checksum=self._checksum)
             except S3Exception as exc:
                 exc.retryable = exc.retryable and not self._closed
                 raise
@@ -204,8 +221,8 @@ class Upload:
 
     async def _checksums(self, body: Views) -> tuple[list[int], Checksum | None]:
         if sum(view.nbytes for view in body) < INLINE_CHECKSUM_BYTES:
-            return checksums_of(body, self._channel.checksum)
-        return await offload(checksums_of, body, self._channel.checksum)
+            return checksums_of(body, self._checksum)
+        return await offload(checksums_of, body, self._checksum)
 
 
 def checksums_of(body: Views, algorithm: ChecksumName | None) -> tuple[list[int], Checksum | None]:
@@ -240,8 +257,8 @@ def heed(receipt: Receipt, store: Store, uri: S3Uri, checksum: Checksum | None) 
     )
 
 
-def _whole(sent: Sequence[tuple[Part, int]], algorithm: ChecksumName | None) -> Checksum | None:
-    pieces = [(part.checksum.value, size) for part, size in sent if part.checksum is not None]
-    if algorithm is None or len(pieces) != len(sent):
+def _whole(parts: Sequence[Part], algorithm: ChecksumName | None) -> Checksum | None:
+    pieces = [(part.checksum.value, part.size_bytes) for part in parts if part.checksum]
+    if algorithm is None or len(pieces) != len(parts):
         return None
     return Checksum(algorithm, combine(pieces, algorithm))

@@ -9,7 +9,17 @@ from s3dcp._config import ChecksumName
 from s3dcp._errors import ObjectNotFoundError, PreconditionFailedError
 from s3dcp._flow import Channel, RetryPolicy, Slots
 from s3dcp._keys import S3Uri
-from s3dcp._store import Checksum, Condition, ObjectInfo, Part, Receipt, Scatter, UploadInfo, Views
+from s3dcp._store import (
+    Checksum,
+    Condition,
+    ObjectInfo,
+    Part,
+    PartList,
+    Receipt,
+    Scatter,
+    UploadInfo,
+    Views,
+)
 
 Fault = Callable[[str, S3Uri], None]
 
@@ -149,6 +159,14 @@ class MemoryStore:
         self._begin("list_uploads", uri)
         for upload_id in sorted(self.uploads):
             yield UploadInfo(key=uri.key, upload_id=upload_id, initiated=None)
+
+    async def list_parts(self, uri: S3Uri, upload_id: str) -> PartList:
+        self._begin("list_parts", uri)
+        parts = [
+            Part(number=number, size_bytes=len(body), etag=f'"part-{number}"', checksum=None)
+            for number, body in sorted(self.uploads[upload_id].items())
+        ]
+        return PartList(algorithm=None, composite=False, parts=tuple(parts))
 
     async def delete(self, uri: S3Uri, *, if_match: str | None = None) -> None:
         self._begin("delete", uri)

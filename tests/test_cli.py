@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import select
@@ -19,6 +20,7 @@ import s3dcp
 from s3dcp import S3StorageWriter
 from s3dcp.__main__ import main
 from s3dcp._cli import cli
+from s3dcp._terminal import Bar
 from s3dcp.testing import Call, Drop, FakeS3, Fault, Record, Refuse, Stall
 from tests._catalogs import put_checkpoint, put_data
 from tests._commands import LIMIT_S, own_terminal, program, run, terminal
@@ -385,6 +387,25 @@ class TestProcesses:
 
             process.send_signal(signal.SIGINT)
             assert process.wait(LIMIT_S) == 0
+
+
+def test_what_is_logged_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal() as (ours, theirs), open(theirs, "w", closefd=False) as err:
+        monkeypatch.setattr(sys, "stderr", err)
+        with Bar() as bar:
+            bar.advance(1, 10)
+            bar.refresh()
+            logging.getLogger("s3dcp.copies").warning("something odd")
+        shown = b""
+        while shown.count(b"%|") < 2 and select.select([ours], [], [], _LIMIT_S)[0]:
+            shown += os.read(ours, 1 << 16)
+
+    before, _, after = shown.decode(errors="replace").partition("something odd")
+    assert "%|" in before
+    assert before.rpartition("\r")[2] == ""  # at the line's beginning; what stood there is blank
+    assert before.rpartition("\r")[0].rpartition("\r")[2].isspace()
+    assert after.startswith("\r\n")
+    assert "%|" in after
 
 
 class TestCp:

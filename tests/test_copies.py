@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from s3dcp import CorruptMetadataError
 from s3dcp._checksums import crc_of, crcs_of
-from s3dcp._copies import Checks, Item, Manifest, items_of, plan
-from s3dcp._store import ObjectInfo
+from s3dcp._copies import Checks, Item, Manifest, items_of, part_bytes_of, plan
+from s3dcp._ranges import MiB
+from s3dcp._store import ObjectInfo, Part, PartList
 from tests._catalogs import metadata_of
 
 if TYPE_CHECKING:
@@ -113,6 +114,41 @@ class TestItems:
     def test_no_commit_is_data(self, name: str) -> None:
         with pytest.raises(CorruptMetadataError, match=r"here/\.metadata is forged"):
             items_of({".metadata": metadata_of({name: 4})}, "here/")
+
+
+class TestPartBytes:
+    """An object of 20 MiB, whose parts would be of 8 MiB now, and 10 MiB at most."""
+
+    @pytest.mark.parametrize(
+        ("held", "found"),
+        [
+            pytest.param({}, 8, id="none yet"),
+            pytest.param({1: 8, 3: 4}, 8, id="as now"),
+            pytest.param({3: 4}, 8, id="the last as now"),
+            pytest.param({1: 5, 2: 5}, 5, id="of another size"),
+            pytest.param({2: 10}, 10, id="as large as may be"),
+            pytest.param({1: 11}, None, id="too large"),
+            pytest.param({1: 4}, None, id="too small for S3"),
+            pytest.param({1: 8, 2: 5}, None, id="of different sizes"),
+            pytest.param({4: 8}, None, id="beyond the end"),
+            pytest.param({1: 8, 3: 5}, None, id="a last one that is too long"),
+        ],
+    )
+    def test_is_that_of_all_parts(self, held: dict[int, int], found: int | None) -> None:
+        parts = tuple(
+            Part(number=number, size_bytes=size * MiB, etag=None, checksum=None)
+            for number, size in held.items()
+        )
+        listed = PartList(algorithm="CRC64NVME", composite=False, parts=parts)
+
+        size = part_bytes_of(listed, 20 * MiB, wanted_bytes=8 * MiB, most_bytes=10 * MiB)
+
+        assert size == (found * MiB if found else None)
+
+    def test_a_checksum_of_checksums_is_none_of_ours(self) -> None:
+        listed = PartList(algorithm="CRC32", composite=True, parts=())
+
+        assert part_bytes_of(listed, 20 * MiB, wanted_bytes=8 * MiB, most_bytes=8 * MiB) is None
 
 
 class TestChecks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import subprocess
@@ -267,6 +268,24 @@ class TestCutOff:
         copy(RUN, tmp_path)
         assert_on_disk(tmp_path, saved)
 
+    def test_a_source_that_was_changed_in_between_starts_over(
+        self, fake: FakeS3, tmp_path: Path
+    ) -> None:
+        """Another object of the same name and size; `.metadata` stays as it was."""
+        fake.write(BUCKET, "run/.metadata", metadata_of({"a": 12 * MiB}))
+        fake.write(BUCKET, "run/a", bytes(12 * MiB))
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key="run/a", skip=1)
+        with pytest.raises(S3Exception):
+            copy(RUN, tmp_path, s3client_config=ONE)
+        assert (tmp_path / "a.partial").stat().st_size == 5 * MiB
+        changed = b"changed " * (12 * MiB // 8)
+        fake.write(BUCKET, "run/a", changed)
+
+        report = copy(RUN, tmp_path, s3client_config=ONE)
+
+        assert report.copied_bytes == 12 * MiB
+        assert (tmp_path / "a").read_bytes() == changed
+
     def test_whole_items_that_were_damaged_are_found_before_anything_is_fetched(
         self, fake: FakeS3, tmp_path: Path
     ) -> None:
@@ -298,17 +317,6 @@ class TestCutOff:
         assert "CreateMultipartUpload" not in fake.stats()
         assert_on_s3(fake, COPY, saved)
 
-    def test_an_upload_that_fails_is_aborted(self, fake: FakeS3, tmp_path: Path) -> None:
-        saved = save_stock(tmp_path)
-        fake.inject(Refuse("AccessDenied"), operation="UploadPart", skip=1)
-        with pytest.raises(S3Exception):
-            copy(tmp_path, COPY)
-        assert fake.uploads(BUCKET) == {}
-
-        copy(tmp_path, COPY)
-
-        assert_on_s3(fake, COPY, saved)
-
     @pytest.mark.parametrize("up", [False, True], ids=["to a disk", "to s3"])
     def test_what_is_there_of_another_checkpoint_is_not_believed(
         self, fake: FakeS3, tmp_path: Path, up: bool
@@ -335,40 +343,31 @@ class TestCutOff:
         else:
             assert_on_disk(tmp_path / "copy", saved)
 
-    @pytest.mark.parametrize("up", [False, True], ids=["to a disk", "to s3"])
-    def test_killed(self, fake: FakeS3, tmp_path: Path, up: bool) -> None:
+    def test_killed(self, fake: FakeS3, tmp_path: Path) -> None:
+        """On its way down; `test_resumed_uploads` has the other way."""
         saved = save()
-        folder = tmp_path / "folder"
-        if up:
-            copy(RUN, folder)
-        places = [str(folder), COPY] if up else [RUN, str(folder)]
         killed: list[subprocess.Popen[bytes]] = []
 
         def kill(_: Record) -> Fault:
             killed[0].kill()
             return Stall()
 
-        rule = fake.inject(
-            Call(before=kill),
-            operation="UploadPart" if up else "GetObject",
-            key="*.distcp",
-            skip=1,
-        )
-        with subprocess.Popen([sys.executable, "-m", "s3dcp", "cp", *places]) as process:
+        rule = fake.inject(Call(before=kill), operation="GetObject", key="*.distcp", skip=1)
+        command = [sys.executable, "-m", "s3dcp", "cp", RUN, str(tmp_path)]
+        with subprocess.Popen(command) as process:
             killed.append(process)
             assert process.wait(_LIMIT_S) == -signal.SIGKILL
         assert rule.struck
         fake.forget()
-        assert not (folder / ".metadata").exists() or up
-        assert [found.uri for found in s3dcp.list_checkpoints(f"s3://{BUCKET}/")] == [RUN]
+        assert not (tmp_path / ".metadata").exists()
+        there = sum(path.stat().st_size for path in tmp_path.glob("*.distcp*"))
 
-        copy(*places)
+        report = copy(RUN, tmp_path)
 
-        if up:
-            s3dcp.abort_uploads(COPY, grace_s=0, dry_run=False)
-            assert_on_s3(fake, COPY, saved)
-        else:
-            assert_on_disk(folder, saved)
+        sent = [each for each in fake.requests if each.key.endswith(".distcp")]
+        assert report.copied_bytes == report.size_bytes - there
+        assert sum(each.bytes_out for each in sent) == report.size_bytes - there
+        assert_on_disk(tmp_path, saved)
 
 
 class TestAnotherCheckpoint:
@@ -491,6 +490,12 @@ class TestRefused:
             ("{disk}/none", COPY, CheckpointNotFoundError),
             ("s3://nowhere/run", "{disk}/b", S3Exception),
             (RUN, "{disk}/file", FileExistsError),
+            (RUN, "/sys/folder", OSError),
+            (RUN, f"{RUN}/", S3ConfigError),
+            (f"{RUN}/__0_0.distcp", "{disk}/b", CheckpointNotFoundError),
+            (f"{RUN}/.metadata", "{disk}/b", CheckpointNotFoundError),
+            ("{disk}", COPY, CheckpointNotFoundError),
+            ("{disk}/file", COPY, CheckpointNotFoundError),
         ],
     )
     def test_what_cannot_be(
@@ -503,6 +508,35 @@ class TestRefused:
             copy(source.format(disk=tmp_path), target.format(disk=tmp_path))
 
         assert not (tmp_path / "b").exists()
+
+    def test_a_slash_at_the_end_is_nothing(self, fake: FakeS3, tmp_path: Path) -> None:
+        put_checkpoint(fake, "run/", "__0_0.distcp")
+
+        copy(f"{RUN}/", f"{tmp_path}/copy/")
+        copy(f"{tmp_path}/copy/", f"{COPY}/")
+
+        assert fake.keys(BUCKET, "copy/") == ["copy/.metadata", "copy/__0_0.distcp"]
+
+    @pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="no disk that is always full")
+    @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
+    def test_a_full_disk(self, fake: FakeS3, tmp_path: Path, name: str) -> None:
+        put_checkpoint(fake, "run/", "__0_0.distcp")
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key="*.distcp")
+        with pytest.raises(S3Exception):
+            copy(RUN, tmp_path)
+        full = tmp_path / f"{name}.partial"
+        full.unlink(missing_ok=True)
+        full.symlink_to("/dev/full")
+
+        with pytest.raises(OSError, match=f"make room, .*: '{full}'") as raised:
+            copy(RUN, tmp_path)
+
+        assert raised.value.errno == errno.ENOSPC
+        assert not (tmp_path / name).exists()
+        assert not (tmp_path / ".metadata").exists()
+        full.unlink()
+        copy(RUN, tmp_path)
+        assert {path.name for path in tmp_path.iterdir()} == {".metadata", "__0_0.distcp"}
 
     @pytest.mark.parametrize(
         "name", ["../out", "/etc/out", "a//b", "a/../../out", "a/./b", "x.partial"]
@@ -607,3 +641,32 @@ class TestRefused:
 
         assert rule.struck
         assert isinstance(raised.value.__cause__, ObjectNotFoundError)
+
+
+class TestConditions:
+    """Whether a store honours conditions decides whether one writer at a time is a rule there."""
+
+    @pytest.mark.parametrize("honoured", [False, True])
+    def test_a_copy_finds_out_before_its_commit(
+        self,
+        tmp_path: Path,
+        honoured: bool,
+        caplog: pytest.LogCaptureFixture,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        with FakeS3(conditional_writes=honoured) as fake:
+            for name, value in fake.environ().items():
+                monkeypatch.setenv(name, value)
+            fake.create_bucket(BUCKET)
+            (tmp_path / "a").write_bytes(bytes(10))
+            (tmp_path / ".metadata").write_bytes(metadata_of({"a": 10}))
+
+            copy(tmp_path, COPY)
+            copy(tmp_path, f"{COPY}/2")
+
+            assert fake.keys(BUCKET) == [
+                *("copy/.metadata", "copy/2/.metadata"),
+                *("copy/2/a", "copy/a"),
+            ]
+            fake.check()
+        assert caplog.text.count("conditional writes") == (0 if honoured else 1)

@@ -546,7 +546,7 @@ def test_completions(client: Client, answer: bytes) -> None:
     sum_of_all = Checksum("CRC64NVME", 1)
 
     async def complete(store: S3Store) -> Receipt:
-        part = Part(number=1, etag='"e"', checksum=sum_of_all)
+        part = Part(number=1, size_bytes=1, etag='"e"', checksum=sum_of_all)
         return await store.complete_upload(URI, "u", [part], checksum=sum_of_all)
 
     check_receipt(client.ask(answer, complete), answer)

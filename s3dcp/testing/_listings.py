@@ -191,6 +191,7 @@ def _upload(found: Upload, encoding: str | None) -> str:
         tag("UploadId", found.id),
         tag("StorageClass", found.headers.get("x-amz-storage-class", "STANDARD")),
         tag("Initiated", xml_time(found.initiated)),
+        *_created_for(found),
     )
 
 
@@ -209,8 +210,15 @@ def parts(bucket: str, found: Upload, query: Mapping[str, str], most: int) -> Re
         tag("NextPartNumberMarker", page[-1] if page else 0),
         tag("MaxParts", size),
         _flag("IsTruncated", len(rest) > len(page)),
+        *_created_for(found),
         *(_part(found, number) for number in page),
     )
+
+
+def _created_for(upload: Upload) -> list[str]:
+    if upload.algorithm is None:
+        return []
+    return [tag("ChecksumAlgorithm", upload.algorithm), tag("ChecksumType", upload.kind)]
 
 
 def _part(upload: Upload, number: int) -> str:

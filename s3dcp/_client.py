@@ -37,7 +37,6 @@ from s3dcp._failures import mapped, setup_error
 from s3dcp._keys import S3Uri
 from s3dcp._payload import ViewsPayload
 from s3dcp._portal import offload
-from s3dcp._ranges import MAX_PART_BYTES, GiB, even_ranges
 from s3dcp._receive import receive
 from s3dcp._store import (
     Checksum,
@@ -55,9 +54,6 @@ from s3dcp._turns import Turns
 _log = logging.getLogger("s3dcp.client")
 
 _AWS_HOST = re.compile(r"(^|\.)(amazonaws\.com|amazonaws\.com\.cn)$")
-
-# A copy in one request may be 5 GiB; parts of a copy are made on the server's side, so large ones.
-_COPY_PART_BYTES = GiB
 
 
 class S3Store:
@@ -268,50 +264,22 @@ class S3Store:
         with mapped("DeleteObject", uri):
             await self._call("delete_object", uri, **_given(IfMatch=condition), **self._read_args())
 
-    async def copy(self, source: S3Uri, target: S3Uri) -> None:
-        info = await self.head(source)
-        copied_from = {"Bucket": source.bucket, "Key": source.key}
-        if info.size_bytes <= MAX_PART_BYTES:
-            with mapped("CopyObject", target):
-                await self._call(
-                    "copy_object",
-                    target,
-                    CopySource=copied_from,
-                    **_given(CopySourceIfMatch=info.etag),
-                    **self._write_args(),
-                )
-            return
-        upload_id = await self.create_upload(target, checksum=None)
-        try:
-            ranges = even_ranges(0, info.size_bytes, _COPY_PART_BYTES)
-            async with asyncio.TaskGroup() as group:
-                tasks = [
-                    group.create_task(
-                        self._copy_part(copied_from, info, target, upload_id, n, start=a, end=b)
-                    )
-                    for n, (a, b) in enumerate(ranges, 1)
-                ]
-            await self.complete_upload(
-                target, upload_id, [task.result() for task in tasks], checksum=None
+    async def copy(self, source: S3Uri, target: S3Uri, *, if_match: str | None) -> None:
+        with mapped("CopyObject", target):
+            await self._call(
+                "copy_object", target, **_copied(source, if_match), **self._write_args()
             )
-        except BaseException as exc:
-            with contextlib.suppress(S3Exception):
-                await self.abort_upload(target, upload_id)
-            if isinstance(exc, BaseExceptionGroup):
-                error = exc.exceptions[0]
-                raise error from error.__cause__
-            raise
 
-    async def _copy_part(
+    async def copy_part(
         self,
-        copied_from: dict[str, str],
-        info: ObjectInfo,
+        source: S3Uri,
+        start: int,
+        end: int,
         target: S3Uri,
         upload_id: str,
         number: int,
         *,
-        start: int,
-        end: int,
+        if_match: str | None,
     ) -> Part:
         with mapped("UploadPartCopy", target):
             answer = await self._call(
@@ -319,9 +287,8 @@ class S3Store:
                 target,
                 UploadId=upload_id,
                 PartNumber=number,
-                CopySource=copied_from,
                 CopySourceRange=f"bytes={start}-{end - 1}",
-                **_given(CopySourceIfMatch=info.etag),
+                **_copied(source, if_match),
                 **self._read_args(),
             )
             etag = answer.get("CopyPartResult", {}).get("ETag")
@@ -522,6 +489,13 @@ def _part(entry: dict[str, Any]) -> Part:
         etag=_quoted(entry.get("ETag")),
         checksum=next(sums, None),
     )
+
+
+def _copied(source: S3Uri, if_match: str | None) -> dict[str, Any]:
+    return {
+        "CopySource": {"Bucket": source.bucket, "Key": source.key},
+        **_given(CopySourceIfMatch=if_match),
+    }
 
 
 def _quoted(etag: str | None) -> str | None:

@@ -16,11 +16,12 @@ from s3dcp._downloads import Downloads
 from s3dcp._errors import InvalidS3UriError, S3ConfigError
 from s3dcp._keys import S3Uri, join, parse_s3_uri, uri_text
 from s3dcp._publish import exists
-from s3dcp._s3client import S3Client, copy, delete, list_all
+from s3dcp._s3client import S3Client, delete, list_all
 from s3dcp._store import ObjectInfo
 from s3dcp._streams import S3Writer
 from s3dcp._tally import Tally
 from s3dcp._transfers import DownloadStream, UploadSink
+from s3dcp._uploads import copy
 
 _DELETE_ATTEMPTS = 3
 

@@ -32,8 +32,8 @@ from s3dcp._landing import damaged
 from s3dcp._places import Bucket, Folder, naming, partial_of
 from s3dcp._portal import offload
 from s3dcp._ranges import cut, span_bytes
-from s3dcp._s3client import copy
 from s3dcp._store import ObjectInfo
+from s3dcp._uploads import copy
 
 T = TypeVar("T")
 

@@ -25,7 +25,7 @@ from s3dcp._portal import Portal, offload, portal
 from s3dcp._ranges import cut, upload_part_bytes
 from s3dcp._store import ObjectInfo, UploadInfo
 from s3dcp._tally import Tally
-from s3dcp._uploads import Upload
+from s3dcp._uploads import Upload, copy
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -188,11 +188,6 @@ class S3Client:
 async def head(channel: Channel, uri: S3Uri) -> ObjectInfo:
     """Return what the store says of an object."""
     return await channel.request("HeadObject", uri, partial(channel.store.head, uri))
-
-
-async def copy(channel: Channel, source: S3Uri, target: S3Uri) -> None:
-    """Copy an object inside the store."""
-    await channel.request("CopyObject", target, partial(channel.store.copy, source, target))
 
 
 async def delete(channel: Channel, uri: S3Uri, *, max_attempts: int | None = None) -> None:

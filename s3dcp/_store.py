@@ -208,5 +208,18 @@ class Store(Protocol):
         With `if_match`, and where conditions are honoured: only if it has this ETag.
         """
 
-    async def copy(self, source: S3Uri, target: S3Uri) -> None:
-        """Copy an object of any size inside the store."""
+    async def copy(self, source: S3Uri, target: S3Uri, *, if_match: str | None) -> None:
+        """Copy an object of 5 GiB at the most inside the store, if it has this ETag."""
+
+    async def copy_part(
+        self,
+        source: S3Uri,
+        start: int,
+        end: int,
+        target: S3Uri,
+        upload_id: str,
+        number: int,
+        *,
+        if_match: str | None,
+    ) -> Part:
+        """Make bytes [start, end) of an object a part of an upload, if it has this ETag."""

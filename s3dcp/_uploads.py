@@ -1,4 +1,4 @@
-"""One object going up: in one request, or as the parts of a multipart upload.
+"""One object going up: in one request, or as the parts of a multipart upload; and copies.
 
 Nothing is visible under the key before the last request, and an upload that fails or is cancelled
 is aborted, so that no parts are left to pay for.
@@ -7,9 +7,11 @@ is aborted, so that no parts are left to pay for.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import cast
 
@@ -19,6 +21,7 @@ from s3dcp._errors import IncompleteSaveError, ObjectNotFoundError, S3Exception
 from s3dcp._flow import Channel, wait_all
 from s3dcp._keys import S3Uri
 from s3dcp._portal import offload
+from s3dcp._ranges import MAX_PART_BYTES, GiB, even_ranges
 from s3dcp._store import Checksum, Part, Receipt, Store, Views
 
 _log = logging.getLogger("s3dcp.uploads")
@@ -26,6 +29,9 @@ _log = logging.getLogger("s3dcp.uploads")
 # Seconds that an upload which is dropped waits for its id. What takes longer goes on by itself, and
 # is aborted when it is there.
 _ID_GRACE_S = 1.0
+
+# A copy in one request may be 5 GiB; parts of one are made on the store's side, so large ones.
+_COPY_PART_BYTES = GiB
 
 #: Tries of a request that only tidies up after a failure, whose cause may still be there.
 CLEANUP_ATTEMPTS = 3
@@ -86,12 +92,32 @@ class Upload:
 
         Parts may be sent in any order, many at once. `body` is held until this returns or raises.
         """
+        with self._adding():
+            return await self._send(number, body)
+
+    async def copy(
+        self, number: int, source: S3Uri, start: int, end: int, *, if_match: str | None
+    ) -> None:
+        """Make bytes [start, end) of another object part `number`, without a checksum."""
+        with self._adding():
+            upload_id = await asyncio.shield(self._started())
+            copy = partial(
+                self._channel.store.copy_part,
+                *(source, start, end),
+                *(self.uri, upload_id, number),
+                if_match=if_match,
+            )
+            self._parts[number] = await self._channel.request("UploadPartCopy", self.uri, copy)
+
+    @contextlib.contextmanager
+    def _adding(self) -> Iterator[None]:
+        """A part is on its way, until this task is cancelled by `abort`."""
         if self._closed:
             raise IncompleteSaveError(f"The upload of {self.uri} has ended")
         task = cast("asyncio.Task[object]", asyncio.current_task())
         self._sending.add(task)
         try:
-            return await self._send(number, body)
+            yield
         finally:
             self._sending.discard(task)
 
@@ -115,8 +141,21 @@ class Upload:
 
     async def send_all(self, parts: Sequence[memoryview]) -> None:
         """Send all parts at once and publish the object; abort the upload if any fails."""
+        await self._all([partial(self.send, n, [part]) for n, part in enumerate(parts, 1)])
+
+    async def copy_all(self, source: S3Uri, size_bytes: int, *, if_match: str | None) -> None:
+        """Copy another object in parts, as `send_all` sends them."""
+        ranges = even_ranges(0, size_bytes, _COPY_PART_BYTES)
+        await self._all(
+            [
+                partial(self.copy, number, source, start, end, if_match=if_match)
+                for number, (start, end) in enumerate(ranges, 1)
+            ]
+        )
+
+    async def _all(self, parts: Sequence[Callable[[], Awaitable[object]]]) -> None:
         try:
-            await wait_all([partial(self.send, n, [part]) for n, part in enumerate(parts, 1)])
+            await wait_all(parts)
             await self.complete(len(parts))
         except BaseException:
             await self.abort()
@@ -223,6 +262,22 @@ class Upload:
         if sum(view.nbytes for view in body) < INLINE_CHECKSUM_BYTES:
             return checksums_of(body, self._checksum)
         return await offload(checksums_of, body, self._checksum)
+
+
+async def copy(channel: Channel, source: S3Uri, target: S3Uri) -> None:
+    """Copy an object of any size inside the store: whole and as it now is, or not at all.
+
+    Raises:
+        S3Exception: as the store; nothing was written.
+    """
+    head = partial(channel.store.head, source)
+    info = await channel.request("HeadObject", source, head)
+    if info.size_bytes > MAX_PART_BYTES:
+        upload = Upload(replace(channel, checksum=None), target)
+        await upload.copy_all(source, info.size_bytes, if_match=info.etag)
+    else:
+        copy_whole = partial(channel.store.copy, source, target, if_match=info.etag)
+        await channel.request("CopyObject", target, copy_whole)
 
 
 def checksums_of(body: Views, algorithm: ChecksumName | None) -> tuple[list[int], Checksum | None]:

@@ -174,6 +174,22 @@ class MemoryStore:
             raise PreconditionFailedError("412", status=412)
         self.objects.pop(uri, None)
 
-    async def copy(self, source: S3Uri, target: S3Uri) -> None:
+    async def copy(self, source: S3Uri, target: S3Uri, *, if_match: str | None) -> None:
         self._begin("copy", source)
-        self.write(target, self._found(source)[0])
+        body, etag = self._found(source)
+        if if_match not in (None, etag):
+            raise PreconditionFailedError("412", status=412)
+        self.write(target, body)
+
+    async def copy_part(
+        self,
+        source: S3Uri,
+        start: int,
+        end: int,
+        target: S3Uri,
+        upload_id: str,
+        number: int,
+        *,
+        if_match: str | None,
+    ) -> Part:
+        raise NotImplementedError("no copy here is that large")

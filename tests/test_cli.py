@@ -397,7 +397,7 @@ def test_what_is_logged_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) ->
             bar.refresh()
             logging.getLogger("s3dcp.copies").warning("something odd")
         shown = b""
-        while shown.count(b"%|") < 2 and select.select([ours], [], [], _LIMIT_S)[0]:
+        while shown.count(b"%|") < 2 and select.select([ours], [], [], LIMIT_S)[0]:
             shown += os.read(ours, 1 << 16)
 
     before, _, after = shown.decode(errors="replace").partition("something odd")

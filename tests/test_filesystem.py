@@ -30,8 +30,11 @@ from s3dcp import (
     S3StorageReader,
     S3StorageWriter,
     ServerError,
+    _uploads,
 )
 from s3dcp._portal import portal
+from s3dcp.testing import FakeS3, internal_error
+from tests._fakes import BUCKET
 from tests._forked import Zygote
 from tests._scripted import Request, Scripted, Serve, answer, error, forward, hang
 from tests._servers import Server
@@ -378,12 +381,10 @@ def test_rename_of_what_is_too_large_for_one_copy(
     fs: S3FileSystem, boto: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The limit is 5 GiB; here it is 5 MiB, and parts are copied."""
-    from s3dcp import _client
-
     body = contents(20 * MiB + 1)
     put(boto, bucket, old=body)
-    monkeypatch.setattr(_client, "MAX_PART_BYTES", 5 * MiB)
-    monkeypatch.setattr(_client, "_COPY_PART_BYTES", 8 * MiB)
+    monkeypatch.setattr(_uploads, "MAX_PART_BYTES", 5 * MiB)
+    monkeypatch.setattr(_uploads, "_COPY_PART_BYTES", 8 * MiB)
     fs.rename(f"s3://{bucket}/old", f"s3://{bucket}/new")
 
     assert keys(boto, bucket) == ["new"]
@@ -396,10 +397,8 @@ def test_a_store_that_cannot_copy_parts_is_told_from_one_that_did(
     fs: S3FileSystem, boto: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So is rclone, which answers 200 and has stored an empty part."""
-    from s3dcp import _client
-
     put(boto, bucket, old=contents(6 * MiB))
-    monkeypatch.setattr(_client, "MAX_PART_BYTES", 5 * MiB)
+    monkeypatch.setattr(_uploads, "MAX_PART_BYTES", 5 * MiB)
     with pytest.raises(S3ProtocolError, match="does not copy parts"):
         fs.rename(f"s3://{bucket}/old", f"s3://{bucket}/new")
     assert keys(boto, bucket) == ["old"]
@@ -410,11 +409,9 @@ def test_a_store_that_cannot_copy_parts_is_told_from_one_that_did(
 def test_a_copy_in_parts_that_fails_leaves_nothing(
     serve: Serve, server: Server, boto: Any, bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from s3dcp import _client
-
     put(boto, bucket, old=contents(12 * MiB))
-    monkeypatch.setattr(_client, "MAX_PART_BYTES", 5 * MiB)
-    monkeypatch.setattr(_client, "_COPY_PART_BYTES", 5 * MiB)
+    monkeypatch.setattr(_uploads, "MAX_PART_BYTES", 5 * MiB)
+    monkeypatch.setattr(_uploads, "_COPY_PART_BYTES", 5 * MiB)
     real = forward(server.endpoint_url)
 
     def handle(request: Request) -> Any:
@@ -430,6 +427,24 @@ def test_a_copy_in_parts_that_fails_leaves_nothing(
     assert caught.value.operation == "UploadPartCopy"
     assert keys(boto, bucket) == ["old"]
     assert uploads(boto, bucket) == []
+
+
+def test_a_part_whose_copy_fails_is_copied_again(
+    fake: FakeS3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That one alone."""
+    body = contents(15 * MiB)
+    fake.write(BUCKET, "old", body)
+    monkeypatch.setattr(_uploads, "MAX_PART_BYTES", 5 * MiB)
+    monkeypatch.setattr(_uploads, "_COPY_PART_BYTES", 5 * MiB)
+    fake.inject(internal_error(), operation="UploadPartCopy", times=2)
+    S3FileSystem(None).rename(f"s3://{BUCKET}/old", f"s3://{BUCKET}/new")
+
+    assert fake.keys(BUCKET) == ["new"]
+    assert fake.read(BUCKET, "new") == body
+    stats = fake.stats()
+    assert (stats["HeadObject"], stats["CreateMultipartUpload"]) == (1, 1)
+    assert stats["UploadPartCopy"] == 3 + 2
 
 
 @pytest.mark.usefixtures("s3")

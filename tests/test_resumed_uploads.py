@@ -19,8 +19,8 @@ from s3dcp._checksums import crc_of, encoded
 from s3dcp._client import S3Store
 from s3dcp._store import Checksum
 from s3dcp.testing import Call, Drop, FakeS3, Fault, Limits, Record, Refuse, Stall
-from tests._catalogs import BUCKET, metadata_of
-from tests._fakes import addressed
+from tests._catalogs import metadata_of
+from tests._fakes import BUCKET, addressed
 from tests._servers import Server
 from tests._states import MiB
 

@@ -39,7 +39,7 @@ hypothesis.settings.load_profile("shared")
 
 _SERVERS = {"rclone", "moto", "s3"}
 _RANKS = {"ranks", "ranks1", "ranks2", "ranks4"}
-_SLOW_TO_START = {"moto", "outcomes", "zygote"}
+_SLOW_TO_START = {"moto", "outcomes", "zygote"}  # processes that import for seconds
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 

@@ -21,11 +21,11 @@ from s3dcp.testing import FakeS3, FakeS3Process, Limits, LocalServerError
 from s3dcp.testing._answers import Blob
 from s3dcp.testing._listings import objects
 from s3dcp.testing._objects import Bucket, StoredObject
+from tests._fakes import BUCKET
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-BUCKET = "bkt"
 KiB, MiB = 1 << 10, 1 << 20
 
 
@@ -50,27 +50,17 @@ def client_of(server: FakeS3 | FakeS3Process, **settings: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def _fake() -> Iterator[FakeS3]:
+def shared_fake() -> Iterator[FakeS3]:
+    """A server of short pages and small parts."""
     with FakeS3(limits=Limits(min_part_bytes=5 * KiB, max_keys=10)) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def _boto(_fake: FakeS3) -> Iterator[Any]:
-    client = client_of(_fake)
+def _boto(shared_fake: FakeS3) -> Iterator[Any]:
+    client = client_of(shared_fake)
     yield client
     client.close()
-
-
-@pytest.fixture
-def fake(_fake: FakeS3) -> Iterator[FakeS3]:
-    """A strict server with an empty bucket; what clients do wrong fails the test."""
-    _fake.forget()
-    _fake.create_bucket(BUCKET)
-    yield _fake
-    for key in _fake.keys(BUCKET):
-        _fake.delete(BUCKET, key)
-    _fake.check()
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
 from s3dcp.testing import FakeS3, LocalServerError
+from tests._fakes import BUCKET
 from tests._wire import Wire, request
 from tests.test_fake_s3 import client_of, refused, text_of
 
@@ -22,17 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-BUCKET = "bkt"
 MiB = 1 << 20
-
-
-@pytest.fixture
-def fake() -> Iterator[FakeS3]:
-    """A strict server with an empty bucket; what clients do wrong fails the test."""
-    with FakeS3() as server:
-        server.create_bucket(BUCKET)
-        yield server
-        server.check()
 
 
 @pytest.fixture

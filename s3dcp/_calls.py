@@ -79,7 +79,7 @@ class Call(Generic[T]):
                 return
             function(self)
 
-    # What follows is for the loop's thread alone.
+    # What follows is for the thread alone that ends it, which is the loop's.
 
     def follow(self, task: asyncio.Task[T]) -> None:
         """End as this task ends."""
@@ -95,6 +95,11 @@ class Call(Generic[T]):
         elif not self._task.cancelling():
             self._task.cancel()
 
+    def succeed(self, value: T) -> None:
+        """End with a value, which `result` returns."""
+        self._value = value
+        self._end()
+
     def fail(self, error: BaseException) -> None:
         """End with an error, which `result` raises."""
         self._error = error
@@ -102,12 +107,11 @@ class Call(Generic[T]):
 
     def _finish(self, task: asyncio.Task[T]) -> None:
         if task.cancelled():
-            self._error = PortalError("The call was cancelled")
+            self.fail(PortalError("The call was cancelled"))
         elif error := task.exception():
-            self._error = error
+            self.fail(error)
         else:
-            self._value = task.result()
-        self._end()
+            self.succeed(task.result())
 
     def _end(self) -> None:
         self._task = None

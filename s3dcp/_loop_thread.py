@@ -6,15 +6,22 @@ import asyncio
 import logging
 import os
 import socket
+import sys
 import threading
 from collections.abc import Awaitable, Callable
-from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 from s3dcp._calls import GRACE_S
 from s3dcp._errors import PortalError
 from s3dcp._node import local_cores
 from s3dcp._workers import Workers
+
+if sys.platform == "win32":
+    from asyncio import ProactorEventLoop as EventLoop
+else:
+    from asyncio import SelectorEventLoop as EventLoop
+
+T = TypeVar("T")
 
 _log = logging.getLogger("s3dcp.portal")
 
@@ -30,45 +37,62 @@ def worker_count() -> int:
     return min(_MAX_WORKERS, local_cores())
 
 
-def new_event_loop() -> asyncio.AbstractEventLoop:
-    """Return uvloop's loop where that is installed, asyncio's otherwise.
-
-    Names are looked up by the loop's default executor, as asyncio does. uvloop would start libuv's own
-    threads for that, whose ends libuv waits for when the process ends: also in a fork, which does
-    not have them, and crashes.
-    """
-    try:
-        import uvloop
-    except ImportError:
-        return asyncio.new_event_loop()
-
-    class Loop(uvloop.Loop):
-        async def getaddrinfo(self, *args: Any, **kwargs: Any) -> Any:
-            return await self.run_in_executor(None, partial(socket.getaddrinfo, *args, **kwargs))
-
-        async def getnameinfo(self, sockaddr: Any, flags: int = 0) -> tuple[str, str]:
-            return await self.run_in_executor(None, socket.getnameinfo, sockaddr, flags)
-
-    return Loop()
-
-
 class _Here(threading.local):
-    workers: Workers | None = None
+    resolvers: Workers | None = None
 
 
 _here = _Here()
 
 
-def workers() -> Workers | None:
-    """Return the workers of the loop that runs on this thread; None if it is not a portal's."""
-    return _here.workers
+def new_event_loop() -> asyncio.AbstractEventLoop:
+    """Return uvloop's loop where that is installed, asyncio's otherwise.
+
+    On a portal's thread names are looked up by threads that do nothing else: asyncio has its
+    workers do it, whose checksums would wait for a resolver that hangs. uvloop would start libuv's
+    own threads, whose ends libuv waits for when the process ends: also in a fork, which does not
+    have them, and crashes.
+    """
+    try:
+        import uvloop
+    except ImportError:
+        return _AsyncioLoop()
+
+    class Loop(uvloop.Loop):
+        async def getaddrinfo(self, host: Any, port: Any, **kwargs: Any) -> Any:
+            return await _getaddrinfo(host, port, **kwargs)
+
+        async def getnameinfo(self, sockaddr: Any, flags: int = 0) -> tuple[str, str]:
+            return await _look_up(socket.getnameinfo, sockaddr, flags)
+
+    return Loop()
+
+
+class _AsyncioLoop(EventLoop):
+    async def getaddrinfo(self, host: Any, port: Any, **kwargs: Any) -> Any:
+        return await _getaddrinfo(host, port, **kwargs)
+
+    async def getnameinfo(self, sockaddr: Any, flags: int = 0) -> tuple[str, str]:
+        return await _look_up(socket.getnameinfo, sockaddr, flags)
+
+
+async def _getaddrinfo(host: Any, port: Any, *, flags: int = 0, **kwargs: Any) -> Any:
+    def look_up(flags: int) -> Any:
+        return socket.getaddrinfo(host, port, flags=flags, **kwargs)
+
+    try:  # an address is asked for as well, when uvloop connects to it, and needs no resolver
+        return look_up(flags | socket.AI_NUMERICHOST)
+    except socket.gaierror:
+        return await _look_up(look_up, flags)
+
+
+async def _look_up(function: Callable[..., T], *args: Any) -> T:
+    return await asyncio.get_running_loop().run_in_executor(_here.resolvers, function, *args)
 
 
 class LoopThread:
     """The thread, its workers and its resolvers. All are started at once, and never another.
 
-    The loop's default executor looks names up, and does nothing else: where a resolver hangs,
-    checksums do not wait for it. Python 3.12 and later start no threads while the interpreter exits, and an `async_save` may
+    Python 3.12 and later start no threads while the interpreter exits, and an `async_save` may
     still be in flight then.
 
     Args:
@@ -174,8 +198,8 @@ class LoopThread:
 
     def _run(self) -> None:
         asyncio.set_event_loop(self.loop)
-        self.loop.set_default_executor(self._resolvers)
-        _here.workers = self._workers
+        self.loop.set_default_executor(self._workers)
+        _here.resolvers = self._resolvers
         try:
             self.loop.run_forever()
         finally:

@@ -26,7 +26,7 @@ from typing import Any, ParamSpec, TypeVar
 from s3dcp._calls import GRACE_S, Call, settle
 from s3dcp._cancellation import admit
 from s3dcp._errors import PortalError
-from s3dcp._loop_thread import LoopThread, new_event_loop, workers
+from s3dcp._loop_thread import LoopThread, new_event_loop
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -262,7 +262,7 @@ class Calls:
 
 async def offload(function: Callable[P, T], *args: P.args) -> T:  # type: ignore[valid-type]
     """Run a function that takes its time on a worker thread of the running loop."""
-    return await asyncio.get_running_loop().run_in_executor(workers(), function, *args)
+    return await asyncio.get_running_loop().run_in_executor(None, function, *args)
 
 
 # A signal's handler, or a finalizer, may come in between on the same thread.

@@ -9,9 +9,9 @@ from __future__ import annotations
 import io
 import logging
 from collections.abc import Iterator
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Protocol
 
+from s3dcp._calls import Call
 from s3dcp._config import MiB
 from s3dcp._errors import IncompleteSaveError
 
@@ -189,7 +189,7 @@ class S3Writer(io.BufferedIOBase):
         self.stream = stream
         self._position = 0
         self._failure: BaseException | None = None
-        self._settled: Future[None] = Future()
+        self._settled: Call[None] = Call()
         self._open = [stream]
 
     def __exit__(
@@ -240,7 +240,7 @@ class S3Writer(io.BufferedIOBase):
         """
         sink = self._take_sink()
         if sink is None:
-            self._settled.exception()
+            self._settled.wait()
             return
         try:
             if self._failure is not None:
@@ -251,7 +251,7 @@ class S3Writer(io.BufferedIOBase):
                 ) from self._failure
             sink.close()
         finally:
-            self._settled.set_result(None)
+            self._settled.succeed(None)
 
     def abort(self) -> None:
         """Drop the object, unless it is published already. The writer is closed then."""
@@ -260,7 +260,7 @@ class S3Writer(io.BufferedIOBase):
             try:
                 _drop(sink)
             finally:
-                self._settled.set_result(None)
+                self._settled.succeed(None)
 
     @property
     def closed(self) -> bool:

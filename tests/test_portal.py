@@ -121,31 +121,40 @@ class TestCalls:
         assert {address[4][0] for address in own.call(look_up)} <= {"127.0.0.1", "::1"}
         assert len(list(Path("/proc/self/task").iterdir())) == threads
 
+    @pytest.mark.parametrize("installed", [True, False], ids=["uvloop", "asyncio"])
     def test_lookups_that_hang_hold_up_no_work(
-        self, either: Portal, monkeypatch: pytest.MonkeyPatch
+        self, monkeypatch: pytest.MonkeyPatch, installed: bool
     ) -> None:
-        """However many: those of its workers, too, would be taken."""
+        """However many: addresses, too, are not looked up."""
+        if not installed:
+            monkeypatch.setitem(sys.modules, "uvloop", None)
         release = threading.Event()
         started = threading.Semaphore(0)
 
-        def hang(*_: object, **__: object) -> list[object]:
+        real = socket.getaddrinfo
+
+        def hang(host: str, port: int, *, flags: int) -> list[Any]:
+            if flags & socket.AI_NUMERICHOST:
+                return real(host, port, flags=flags)
             started.release()
             release.wait(_TIMEOUT_S)
             return []
 
-        async def look_up() -> None:
-            await asyncio.get_running_loop().getaddrinfo("hangs.invalid", 443)
+        async def look_up(host: str) -> int:
+            return len(await asyncio.get_running_loop().getaddrinfo(host, 443))
 
-        monkeypatch.setattr(socket, "getaddrinfo", hang)
-        calls = [either.submit(look_up) for _ in range(worker_count() + 1)]
-        try:
-            assert started.acquire(timeout=_TIMEOUT_S)
-            assert either.call(offload, sum, range(5)) == 10
-            assert not any(call.done for call in calls)
-        finally:
-            release.set()
-        for call in calls:
-            either.wait(call)
+        with closing(Portal()) as own, monkeypatch.context() as patch:
+            patch.setattr(socket, "getaddrinfo", hang)
+            calls = [own.submit(look_up, "hangs.invalid") for _ in range(worker_count() + 1)]
+            try:
+                assert started.acquire(timeout=_TIMEOUT_S)
+                assert own.call(offload, sum, range(5)) == 10
+                assert own.call(look_up, "127.0.0.1")
+                assert not any(call.done for call in calls)
+            finally:
+                release.set()
+            for call in calls:
+                own.wait(call)
 
     def test_uvloop_is_not_made_everyones(self, own: Portal) -> None:
         with closing(asyncio.new_event_loop()) as loop:

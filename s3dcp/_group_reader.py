@@ -56,7 +56,9 @@ class GroupReader(S3StorageReader):
         except CheckpointNotFoundError as exc:
             if kwargs.get("rank") is None:
                 self._missing = exc
-                raise  # torch asks for the rank's own then
+                # torch asks for the rank's own then, as it does after an error, which it would log
+                # with its traceback.
+                return None  # type: ignore[return-value]
             raise MetadataError(self._missing or exc) from exc
         except Exception as exc:
             raise MetadataError(exc) from exc

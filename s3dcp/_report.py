@@ -65,7 +65,9 @@ class Report:
         item_bytes: Of the rank's items, as they are stored: tensors, other values, and what
             `torch.save` puts around each.
         totals: The rank's requests.
-        error: The name of the error's type, if it failed.
+        error: The name of the error's type, if it failed. `unknown` if DCP alone knows it: under
+            plain `dcp.save` and `dcp.load`, where another rank or the planner has failed. Such a
+            report comes with the next save or load, or when the process ends.
     """
 
     operation: Literal["save", "load"]

@@ -146,7 +146,7 @@ class S3StorageWriter(FileSystemWriter):
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
         self._is_coordinator = is_coordinator
         self.recording, self._staged = self._staged or self._new_recording(), None
-        self.recording.identify(str(self.path), self.rank, is_coordinator=is_coordinator)
+        self.recording.identify(self, str(self.path), self.rank, is_coordinator=is_coordinator)
         self._look = None
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -208,7 +208,7 @@ class S3StorageWriter(FileSystemWriter):
         self.recording.lap("plan")
         with self.recording.during("write"):
             saved = self._write(plan, planner)
-            self.recording.meter.finish()
+            self.recording.finish_bytes()
         if self.use_collectives and not self._is_coordinator:
             self.recording.end()  # others commit
         future: Future[list[WriteResult]] = Future()

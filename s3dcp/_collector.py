@@ -13,7 +13,7 @@ import contextlib
 import gc
 import os
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Self, TypeVar
 
 from s3dcp._waiting import wait_for
@@ -45,14 +45,16 @@ class CollectorPause:
                 if not _in_force:
                     _let_go()
 
-    def next_of(self, source: queue.SimpleQueue[T]) -> T:
-        """Return a queue's next element; while there is none, the pause is lifted."""
+    def next_of(
+        self, source: queue.SimpleQueue[T], meanwhile: Callable[[], object] = lambda: None
+    ) -> T:
+        """Return a queue's next element; until there is one, lift the pause, as `wait_for` does."""
         try:
             return source.get_nowait()
         except queue.Empty:
             pass
         with self.lifted():
-            return wait_for(source)
+            return wait_for(source, meanwhile=meanwhile)
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:

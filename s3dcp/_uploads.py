@@ -19,7 +19,7 @@ from s3dcp._errors import IncompleteSaveError, ObjectNotFoundError, S3Exception
 from s3dcp._flow import Channel, wait_all
 from s3dcp._keys import S3Uri
 from s3dcp._portal import offload
-from s3dcp._store import Checksum, Part, Receipt, Store, Views
+from s3dcp._store import Checksum, Moved, Part, Receipt, Store, Views
 
 _log = logging.getLogger("s3dcp.uploads")
 
@@ -50,19 +50,19 @@ class Upload:
         #: Whether there may be an object under the key.
         self.touched = False
 
-    async def put(self, body: Views) -> list[int]:
+    async def put(self, body: Views, moved: Moved | None = None) -> list[int]:
         """Write the whole object in one request; return the item CRC of each view."""
         crcs, checksum = await self._checksums(body)
 
         self.touched = True
-        put = partial(self._channel.store.put, self.uri, body, checksum=checksum)
+        put = partial(self._channel.store.put, self.uri, body, checksum=checksum, moved=moved)
         size = sum(view.nbytes for view in body)
         receipt = await self._channel.request("PutObject", self.uri, put, size_bytes=size)
         heed(receipt, self._channel.store, self.uri, checksum)
         self._closed = True
         return crcs
 
-    async def send(self, number: int, body: Views) -> list[int]:
+    async def send(self, number: int, body: Views, moved: Moved | None = None) -> list[int]:
         """Send part `number` (from 1 on); return the item CRC of each view.
 
         Parts may be sent in any order, many at once. `body` is held until this returns or raises.
@@ -72,17 +72,23 @@ class Upload:
         task = cast("asyncio.Task[object]", asyncio.current_task())
         self._sending.add(task)
         try:
-            return await self._send(number, body)
+            return await self._send(number, body, moved)
         finally:
             self._sending.discard(task)
 
-    async def _send(self, number: int, body: Views) -> list[int]:
+    async def _send(self, number: int, body: Views, moved: Moved | None) -> list[int]:
         started = self._started()  # while the checksums are computed
         crcs, checksum = await self._checksums(body)
         upload_id = await asyncio.shield(started)
 
         send = partial(
-            self._channel.store.upload_part, self.uri, upload_id, number, body, checksum=checksum
+            self._channel.store.upload_part,
+            self.uri,
+            upload_id,
+            number,
+            body,
+            checksum=checksum,
+            moved=moved,
         )
         size = sum(view.nbytes for view in body)
         receipt = await self._channel.request("UploadPart", self.uri, send, size_bytes=size)

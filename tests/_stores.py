@@ -9,7 +9,17 @@ from s3dcp._config import ChecksumName
 from s3dcp._errors import ObjectNotFoundError, PreconditionFailedError
 from s3dcp._flow import Channel, RetryPolicy, Slots
 from s3dcp._keys import S3Uri
-from s3dcp._store import Checksum, Condition, ObjectInfo, Part, Receipt, Scatter, UploadInfo, Views
+from s3dcp._store import (
+    Checksum,
+    Condition,
+    Moved,
+    ObjectInfo,
+    Part,
+    Receipt,
+    Scatter,
+    UploadInfo,
+    Views,
+)
 
 Fault = Callable[[str, S3Uri], None]
 
@@ -101,6 +111,7 @@ class MemoryStore:
         *,
         checksum: Checksum | None = None,
         condition: Condition | None = None,
+        moved: Moved | None = None,
     ) -> Receipt:
         self._begin("put", uri)
         if condition is not None and self.honours_conditions:
@@ -121,7 +132,14 @@ class MemoryStore:
         return upload_id
 
     async def upload_part(
-        self, uri: S3Uri, upload_id: str, number: int, body: Views, *, checksum: Checksum | None
+        self,
+        uri: S3Uri,
+        upload_id: str,
+        number: int,
+        body: Views,
+        *,
+        checksum: Checksum | None,
+        moved: Moved | None = None,
     ) -> Receipt:
         self._begin("upload_part", uri)
         if upload_id not in self.uploads:

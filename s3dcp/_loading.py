@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
 from s3dcp._calls import Call
-from s3dcp._collector import CollectorPause
+from s3dcp._collector import CollectorPause, dismantle
 from s3dcp._config import MiB, S3ClientConfig
 from s3dcp._downloads import Downloads, discard
 from s3dcp._errors import S3Exception
@@ -140,7 +140,8 @@ class LoadedItems:
                 for item in wanted:
                     self._downloads.pin(item.uri, item.etag)
                 self._check_places(wanted)
-                for uri, span in self._plan(wanted):
+                spans = self._plan(wanted)
+                for uri, span in spans:
                     while len(self._fetching) >= queued:
                         self._settle()
                     self._admit(uri, span)
@@ -149,6 +150,7 @@ class LoadedItems:
                 for item in wanted:
                     if not item.info.length:
                         self._finish(item, memoryview(b""))
+                dismantle(spans, wanted)
         except BaseException:
             self._calls.cancel()
             raise

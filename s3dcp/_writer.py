@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from s3dcp._collector import dismantle
 from s3dcp._commit import Found, data_name, deletions, metadata_name
 from s3dcp._config import S3ClientConfig
 from s3dcp._errors import (
@@ -303,6 +304,7 @@ class S3StorageWriter(FileSystemWriter):
                 (info.relative_path for info in metadata.storage_data.values()),
             )
             uris = self._uris(names)
+            dismantle(old.storage_data, old.state_dict_metadata)
         except (CorruptMetadataError, InvalidS3UriError) as exc:
             _log.warning("objects of the checkpoint that was replaced are left in place: %s", exc)
             return

@@ -36,6 +36,7 @@ from s3dcp import (
 from s3dcp._keys import S3Uri
 from s3dcp._portal import portal
 from s3dcp._progress import Meter
+from s3dcp._recording import Audience, Recording
 from s3dcp._saving import SavedItems
 from s3dcp.testing import Cut, FakeS3, Stall, slow_down
 from tests._fakes import BUCKET, addressed, uri_of
@@ -402,6 +403,19 @@ class TestBar:
             text = shown()
         assert text.endswith("\r\n")
         assert "100%|" not in text
+
+    def test_it_ends_with_its_bytes_whatever_comes_of_other_ranks(self) -> None:
+        with terminal() as shown:
+            recording = Recording("save", URI, Audience(progress=True))
+            recording.identify(self, URI, 0, is_coordinator=True)
+            recording.meter.expect(1000)
+            recording.meter.advance(1000)
+            recording.finish_bytes()
+            text = shown()
+            recording.end()
+            assert shown() == ""
+        assert "step-1: 100%|" in text
+        assert text.endswith("\r\n")
 
     def test_elsewhere_it_is_silent(self, fake: FakeS3, capfd: pytest.CaptureFixture[str]) -> None:
         s3dcp.save(state(), URI, progress=True)

@@ -432,6 +432,31 @@ def _saved(uri: str) -> tuple[list[Report], list[Report]]:
     return well, badly
 
 
+def _failed_plainly(uri: str) -> list[str | None]:
+    """Save by `dcp.save` where another rank fails, and again."""
+    reports: list[Report] = []
+    writer = S3StorageWriter(None, uri, on_report=reports.append)
+    tensors = {f"rank-{dist.get_rank()}": torch.ones(1000)}
+
+    class Planner(DefaultSavePlanner):
+        def resolve_data(self, write_item: Any) -> Any:
+            if dist.get_rank() == 1:
+                raise ValueError("lost")
+            return super().resolve_data(write_item)
+
+    with pytest.raises(CheckpointException, match="lost"):
+        dcp.save(tensors, storage_writer=writer, planner=Planner())
+    dcp.save(tensors, storage_writer=writer)
+    return [report.error for report in reports]
+
+
+def test_the_coordinator_is_not_told_of_another_ranks_failure(
+    ranks2: RankPool, bucket: str
+) -> None:
+    found = ranks2.run(_failed_plainly, f"s3://{bucket}/run")
+    assert found == [["unknown", None], ["ValueError", None]]
+
+
 def test_every_rank_has_its_own(ranks2: RankPool, bucket: str) -> None:
     (first, first_badly), (second, second_badly) = ranks2.run(_saved, f"s3://{bucket}/run")
     [mine], [theirs] = first, second

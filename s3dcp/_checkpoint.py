@@ -157,6 +157,7 @@ def load(
     )
     if _grouped(no_dist=no_dist):
         reader.share(process_group)
+    ours = planner is None
     if planner is None:
         planner = WeightsOnlyLoadPlanner() if weights_only else DefaultLoadPlanner()
     _expect_no_group(no_dist=no_dist)
@@ -168,6 +169,8 @@ def load(
             process_group=process_group,
             no_dist=no_dist,
         )
+    if ours:  # others may look at the metadata afterwards
+        reader.let_go()
 
 
 @overload

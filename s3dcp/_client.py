@@ -13,11 +13,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gzip
+import json
 import logging
 import os
 import re
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any, get_args
 from urllib.parse import urlsplit
 
@@ -26,7 +30,7 @@ from aiobotocore.config import AioConfig
 from aiobotocore.httpsession import AIOHTTPSession
 from aiobotocore.session import AioSession
 from botocore import UNSIGNED
-from botocore.loaders import create_loader
+from botocore.loaders import JSONFileLoader, create_loader
 from botocore.parsers import ResponseParserError
 from botocore.utils import parse_timestamp
 
@@ -41,6 +45,7 @@ from s3dcp._receive import receive
 from s3dcp._store import (
     Checksum,
     Condition,
+    Moved,
     ObjectInfo,
     Part,
     PartList,
@@ -164,6 +169,7 @@ class S3Store:
         *,
         checksum: Checksum | None = None,
         condition: Condition | None = None,
+        moved: Moved | None = None,
     ) -> Receipt:
         condition = condition or Condition()
         try:
@@ -172,6 +178,7 @@ class S3Store:
                 "put_object",
                 uri,
                 body,
+                moved,
                 **_checksum_args(checksum),
                 **_given(IfMatch=condition.etag, IfNoneMatch="*" if condition.absent else None),
                 **self._write_args(),
@@ -191,13 +198,21 @@ class S3Store:
             return str(upload_id)
 
     async def upload_part(
-        self, uri: S3Uri, upload_id: str, number: int, body: Views, *, checksum: Checksum | None
+        self,
+        uri: S3Uri,
+        upload_id: str,
+        number: int,
+        body: Views,
+        *,
+        checksum: Checksum | None,
+        moved: Moved | None = None,
     ) -> Receipt:
         answer = await self._send(
             "UploadPart",
             "upload_part",
             uri,
             body,
+            moved,
             UploadId=upload_id,
             PartNumber=number,
             **_checksum_args(checksum),
@@ -317,9 +332,15 @@ class S3Store:
         )
 
     async def _send(
-        self, operation: str, method: str, uri: S3Uri, body: Views, **args: object
+        self,
+        operation: str,
+        method: str,
+        uri: S3Uri,
+        body: Views,
+        moved: Moved | None,
+        **args: object,
     ) -> dict[str, Any]:
-        payload = ViewsPayload(body, self._idle_s, self._turns)
+        payload = ViewsPayload(body, self._idle_s, self._turns, moved)
         try:
             with mapped(operation, uri):
                 # aiohttp writes nothing for a payload of no bytes, and botocore wants a body.
@@ -430,7 +451,32 @@ class _Prepared(contextlib.AbstractAsyncContextManager[Any]):
 @functools.cache
 def _loader(data_path: str | None) -> Any:
     """Return what reads botocore's models: one for all clients, which each take 0.2 s less."""
-    return create_loader(data_path)
+    loader = create_loader(data_path)
+    loader.file_loader = _ModelFiles()
+    return loader
+
+
+class _ModelFiles(JSONFileLoader):  # type: ignore[misc]  # it has no types
+    """Reads botocore's models, and lets other threads run meanwhile.
+
+    To decode a model is one call into C, and 22 ms for S3's, in which no thread runs that is not
+    this one: some thread's loop would wait. Not so where each object is made by Python code.
+    """
+
+    def load_file(self, file_path: str) -> Any:
+        """Return what a file without its extension holds, or None if there is no such file."""
+        for path, opened in (
+            (Path(f"{file_path}.json"), open),
+            (Path(f"{file_path}.json.gz"), gzip.open),
+        ):
+            if path.is_file():
+                with opened(path, "rb") as file:
+                    return json.loads(file.read(), object_pairs_hook=_ordered)
+        return None
+
+
+def _ordered(pairs: list[tuple[str, Any]]) -> OrderedDict[str, Any]:
+    return OrderedDict(pairs)
 
 
 def _preload(loader: Any) -> None:

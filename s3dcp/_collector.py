@@ -13,8 +13,8 @@ import contextlib
 import gc
 import os
 import queue
-from collections.abc import Iterator
-from typing import Self, TypeVar
+from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
+from typing import Any, Self, TypeVar
 
 from s3dcp._waiting import wait_for
 
@@ -45,14 +45,16 @@ class CollectorPause:
                 if not _in_force:
                     _let_go()
 
-    def next_of(self, source: queue.SimpleQueue[T]) -> T:
-        """Return a queue's next element; while there is none, the pause is lifted."""
+    def next_of(
+        self, source: queue.SimpleQueue[T], meanwhile: Callable[[], object] = lambda: None
+    ) -> T:
+        """Return a queue's next element; until there is one, lift the pause, as `wait_for` does."""
         try:
             return source.get_nowait()
         except queue.Empty:
             pass
         with self.lifted():
-            return wait_for(source)
+            return wait_for(source, meanwhile=meanwhile)
 
     @contextlib.contextmanager
     def lifted(self) -> Iterator[None]:
@@ -62,6 +64,17 @@ class CollectorPause:
             yield
         finally:
             self.__enter__()
+
+
+def dismantle(*containers: MutableSequence[Any] | MutableMapping[Any, Any]) -> None:
+    """Empty containers element by element, such that other threads run meanwhile.
+
+    To free 100,000 objects is one step otherwise, and takes 50 ms.
+    """
+    for container in containers:
+        take = container.pop if isinstance(container, MutableSequence) else container.popitem
+        while container:
+            take()
 
 
 # The pauses in force. Adding and discarding are atomic, so threads need no lock: the last one out

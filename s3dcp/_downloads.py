@@ -14,7 +14,7 @@ from s3dcp._flow import Channel, wait_all
 from s3dcp._keys import S3Uri
 from s3dcp._portal import offload
 from s3dcp._ranges import cut
-from s3dcp._store import ObjectInfo, Scatter, Views
+from s3dcp._store import Moved, ObjectInfo, Scatter, Views
 
 
 class Downloads:
@@ -35,7 +35,14 @@ class Downloads:
         self.pin(uri, info.etag)
         return info
 
-    async def fetch(self, uri: S3Uri, start: int, into: Views, checked: Views = ()) -> list[int]:
+    async def fetch(
+        self,
+        uri: S3Uri,
+        start: int,
+        into: Views,
+        checked: Views = (),
+        moved: Moved | None = None,
+    ) -> list[int]:
         """Fill `into` with the object's bytes from `start` on.
 
         Args:
@@ -43,6 +50,7 @@ class Downloads:
             start: Offset of the first byte.
             into: Where the bytes go, in order. Held until this returns or raises.
             checked: The pieces of that memory whose CRCs are wanted.
+            moved: Is told how many bytes have arrived.
 
         Returns:
             The item CRC of each view of `checked`.
@@ -51,14 +59,14 @@ class Downloads:
             CheckpointChangedError: the object is not the one that was read before.
             S3Exception: as the store.
         """
-        scatter = Scatter(into)
+        scatter = Scatter(into, moved)
         size_bytes = scatter.size_bytes
 
         async def attempt() -> None:
             nonlocal scatter
             if not scatter.remaining:
                 # All bytes came, and then more: none of them can be trusted.
-                scatter = Scatter(into)
+                scatter = Scatter(into, moved)
             try:
                 info = await self._channel.store.get_range(
                     uri, start + scatter.received, scatter, if_match=self._etags.get(uri)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
+from s3dcp._collector import dismantle
 from s3dcp._commit import Found
 from s3dcp._errors import CheckpointNotFoundError
 from s3dcp._reader import S3StorageReader
@@ -56,10 +57,17 @@ class GroupReader(S3StorageReader):
         except CheckpointNotFoundError as exc:
             if kwargs.get("rank") is None:
                 self._missing = exc
-                raise  # torch asks for the rank's own then
+                # torch asks for the rank's own then, as it does after an error, which it would log
+                # with its traceback.
+                return None  # type: ignore[return-value]
             raise MetadataError(self._missing or exc) from exc
         except Exception as exc:
             raise MetadataError(exc) from exc
+
+    def let_go(self) -> None:
+        """Free the metadata bit by bit, once nobody else has a use for it."""
+        if self._metadata is not None:
+            dismantle(self._metadata.storage_data, self._metadata.state_dict_metadata)
 
 
 def from_coordinator(function: Callable[[], T], group: dist.ProcessGroup | None) -> T:

@@ -14,7 +14,7 @@ import io
 import queue
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import IO, cast
 
@@ -23,7 +23,7 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlanner, ReadItem
 
 from s3dcp._calls import Call
-from s3dcp._collector import CollectorPause
+from s3dcp._collector import CollectorPause, dismantle
 from s3dcp._config import MiB, S3ClientConfig
 from s3dcp._downloads import Downloads, discard
 from s3dcp._errors import S3Exception
@@ -45,6 +45,7 @@ from s3dcp._portal import Calls, Portal
 from s3dcp._progress import Meter
 from s3dcp._ranges import Span, Want, coalesce, span_bytes
 from s3dcp._staging import Buffer, Memory, wait_for_copies
+from s3dcp._store import Moved
 from s3dcp._torch_internals import _StorageReaderTransforms
 
 # Requests handed to the portal ahead of those on the wire; more would only cost memory.
@@ -63,12 +64,19 @@ class _Fetch:
         scratch: Memory for what lands in the span, and is copied from there.
         landed: What lands there: whose, from which of the item's offsets on, where.
         checked: The pieces whose CRCs come back: whose, and from which offset on.
+        moved: How far it is.
     """
 
     span: Span[Item]
     scratch: Buffer | None
     landed: list[tuple[Item, int, memoryview]]
     checked: list[tuple[Item, int, memoryview]]
+    moved: Moved = field(default_factory=Moved)
+
+    @property
+    def wanted_bytes(self) -> int:
+        """How many of the span's bytes are wanted, the gaps between them not included."""
+        return sum(want.end - want.start for want in self.span.pieces)
 
 
 class LoadedItems:
@@ -109,6 +117,7 @@ class LoadedItems:
         self._memory = Memory(self._budget_bytes, self._settle, self._pause)
         self._fetching: dict[Call[list[int]], _Fetch] = {}
         self._fetched: queue.SimpleQueue[Call[list[int]]] = queue.SimpleQueue()
+        self._meter.watch(self._under_way)
 
     def read(self, items: Iterable[ReadItem], metadata: Metadata, base: S3Uri) -> None:
         """Fill every target of the plan.
@@ -131,7 +140,8 @@ class LoadedItems:
                 for item in wanted:
                     self._downloads.pin(item.uri, item.etag)
                 self._check_places(wanted)
-                for uri, span in self._plan(wanted):
+                spans = self._plan(wanted)
+                for uri, span in spans:
                     while len(self._fetching) >= queued:
                         self._settle()
                     self._admit(uri, span)
@@ -140,6 +150,7 @@ class LoadedItems:
                 for item in wanted:
                     if not item.info.length:
                         self._finish(item, memoryview(b""))
+                dismantle(spans, wanted)
         except BaseException:
             self._calls.cancel()
             raise
@@ -188,7 +199,9 @@ class LoadedItems:
                 self._resolve(want.owner)
         fetch, into = self._destinations(span)
         checked = [view for _, _, view in fetch.checked]
-        future = self._calls.submit(self._downloads.fetch, uri, span.start, into, checked)
+        future = self._calls.submit(
+            self._downloads.fetch, uri, span.start, into, checked, fetch.moved
+        )
         self._fetching[future] = fetch
         future.add_done_callback(self._fetched.put)
 
@@ -239,7 +252,7 @@ class LoadedItems:
         """Wait for a span, and finish the items that it completes; False: none is under way."""
         if not self._fetching:
             return False
-        future = self._pause.next_of(self._fetched)
+        future = self._pause.next_of(self._fetched, self._meter.look)
         fetch = self._fetching.pop(future)
         try:
             crcs = future.result()
@@ -258,7 +271,7 @@ class LoadedItems:
             if item.device is not None
         }.values():
             wait_for_copies(device)
-        self._meter.advance(sum(want.end - want.start for want in fetch.span.pieces))
+        self._meter.advance(fetch.wanted_bytes)
         for want in fetch.span.pieces:
             item = want.owner
             item.missing_bytes -= want.end - want.start
@@ -267,6 +280,9 @@ class LoadedItems:
         if fetch.scratch is not None:
             self._memory.give_back(fetch.scratch)
         return True
+
+    def _under_way(self) -> int:
+        return sum(min(f.moved.size_bytes, f.wanted_bytes) for f in self._fetching.values())
 
     def _finish(self, item: Item, data: memoryview | None) -> None:
         """Check an item whose bytes are in, and hand it to the planner."""

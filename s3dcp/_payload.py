@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from aiohttp.payload import Payload
 
 from s3dcp._sockets import lent_socket, send
-from s3dcp._store import Views
+from s3dcp._store import Moved, Views
 from s3dcp._turns import Turns
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class ViewsPayload(Payload):
         views: The body. Held until the request has ended.
         stall_timeout_s: Seconds that the peer may go without taking a byte.
         turns: Of the requests on this loop.
+        moved: Is told how many bytes have been handed over.
 
     Attributes:
         stalled: Whether it has gone for longer.
@@ -46,11 +47,18 @@ class ViewsPayload(Payload):
             of the loop as the last byte goes, so this is counted where that happens.
     """
 
-    def __init__(self, views: Views, stall_timeout_s: float, turns: Turns | None = None) -> None:
+    def __init__(
+        self,
+        views: Views,
+        stall_timeout_s: float,
+        turns: Turns | None = None,
+        moved: Moved | None = None,
+    ) -> None:
         self._views = [view for view in views if view.nbytes]
         self._nbytes = sum(view.nbytes for view in self._views)
         self._stall_timeout_s = stall_timeout_s
         self._turns = turns or Turns()
+        self._moved = moved or Moved()
         self.stalled = False
         self.unsent_bytes = self._nbytes
         super().__init__(None, content_type="application/octet-stream")
@@ -96,6 +104,7 @@ class ViewsPayload(Payload):
 
                 def moved(count: int) -> None:
                     self.unsent_bytes -= count
+                    self._moved.size_bytes = self._nbytes - self.unsent_bytes
                     if not stall.expired():
                         stall.reschedule(loop.time() + self._stall_timeout_s)
 

@@ -1,6 +1,8 @@
 """How far a save or a load is: counted always, shown to whoever wants to see it.
 
-What is counted are bytes of items whose requests have ended well, so a retry takes nothing back.
+What is counted are bytes of items whose requests have ended well. What is shown are also those of
+requests under way, most of them: what was sent may still be on its way, and what has come may be
+wrong. A retry takes nothing back from what was shown: it is shown again when it is more.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ _log = logging.getLogger("s3dcp.progress")
 # A callback is called so often, and so that it takes no more than this share of the time.
 _INTERVAL_S = 0.1
 _MAX_SHARE = 0.05
+# So much of what is under way is shown: the rest when its request has ended well.
+_SHOWN_SHARE = 0.95
 
 
 class ProgressCallback(Protocol):
@@ -33,7 +37,8 @@ class ProgressCallback(Protocol):
         """Take note.
 
         Args:
-            done_bytes: Of this rank's items, as they are stored. Never less than before.
+            done_bytes: Of this rank's items, as they are stored, those under way among them. Never
+                less than before.
             total_bytes: Of all of them. An estimate while a save has not come to its last item.
         """
 
@@ -55,11 +60,21 @@ class Meter:
         self._callback: ProgressCallback | None = None
         self._next_s = 0.0
         self._told: tuple[int, int] | None = None
+        self._shown_bytes = 0
+        self._under_way: Callable[[], int] = int
 
     def show(self, callback: ProgressCallback | None) -> None:
         """Tell `callback` from now on."""
         self._callback = callback
         self._next_s = self._clock()
+
+    def watch(self, under_way: Callable[[], int]) -> None:
+        """Ask from now on how many bytes are done of the requests that have not ended."""
+        self._under_way = under_way
+
+    def look(self) -> None:
+        """Tell what has become of the requests that are under way."""
+        self._tell()
 
     def expect(self, size_bytes: int) -> None:
         """Add to what is expected."""
@@ -73,6 +88,7 @@ class Meter:
 
     def finish(self) -> None:
         """Tell of the end, at which all is done that was expected."""
+        self._under_way = int
         if self._told != (self.done_bytes, self.total_bytes):
             self._next_s = self._clock()
             self._tell()
@@ -80,7 +96,9 @@ class Meter:
     def _tell(self) -> None:
         if self._callback is None or (started_s := self._clock()) < self._next_s:
             return
-        self._told = self.done_bytes, max(self.total_bytes, self.done_bytes)
+        shown = self.done_bytes + int(_SHOWN_SHARE * self._under_way())
+        self._shown_bytes = max(self._shown_bytes, shown)
+        self._told = self._shown_bytes, max(self.total_bytes, self._shown_bytes)
         try:
             self._callback(*self._told)
         except Exception:  # noqa: BLE001 - a checkpoint is worth more than the look of it
@@ -121,7 +139,7 @@ class Bar:
         self._bar.update(done_bytes - self._bar.n)
 
     def close(self) -> None:
-        """Leave it as it is."""
+        """Leave it as it is. Idempotent."""
         if self._bar is not None:
             self._bar.close()
 

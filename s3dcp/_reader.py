@@ -156,7 +156,7 @@ class S3StorageReader(FileSystemReader):
         """Take note of the metadata that the plan will be made from."""
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
         self._metadata = metadata
-        self.recording.identify(str(self.path), self.rank, is_coordinator=is_coordinator)
+        self.recording.identify(self, str(self.path), self.rank, is_coordinator=is_coordinator)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Sort the plan by where its items lie, and tell a DCP reader constructor the ranges."""
@@ -203,7 +203,7 @@ class S3StorageReader(FileSystemReader):
         self.recording.lap("plan")
         with self.recording.during("read"):
             self._read(plan, planner)
-            self.recording.meter.finish()
+            self.recording.finish_bytes()
         self.recording.end()
         done: Future[None] = Future()
         done.set_result(None)

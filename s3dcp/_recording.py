@@ -1,9 +1,18 @@
-"""One rank's save or load while it goes on: requests, bytes, phases; and its report in the end."""
+"""One rank's save or load while it goes on: requests, bytes, phases; and its report in the end.
+
+DCP does not tell a writer or reader that another rank has failed, or the planner. So a recording
+that nobody has ended is ended when its writer or reader saves or loads again; when that is gone, as
+soon as another one saves or loads; or when the process ends. Not by a finalizer: it would come in
+between anywhere, and whom it tells may wait for a lock that is held there.
+"""
 
 from __future__ import annotations
 
+import atexit
 import logging
+import os
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -77,8 +86,17 @@ class Recording:
         # What has been done here is not another process's business.
         return type(self), (self._operation, self._uri, self._audience)
 
-    def identify(self, uri: str, rank: int | None, *, is_coordinator: bool) -> None:
-        """Take note of what is saved or loaded, and of who does it, as soon as that is known."""
+    def identify(self, owner: object, uri: str, rank: int | None, *, is_coordinator: bool) -> None:
+        """Take note of what is saved or loaded, and of who does it, as soon as that is known.
+
+        Args:
+            owner: The writer or reader, which does one thing at a time.
+            uri: The checkpoint's.
+            rank: In the group.
+            is_coordinator: Whether the rank is the group's coordinator.
+        """
+        _end_left(lambda other: other is None or other is owner)
+        _begun[self] = weakref.ref(owner)
         self._uri, self._rank = uri, rank or 0
         progress = self._audience.progress
         if progress is True:
@@ -106,14 +124,22 @@ class Recording:
             raise
         self.lap(phase)
 
+    def finish_bytes(self) -> None:
+        """All bytes of the rank are done, and so is its bar, whatever becomes of other ranks."""
+        self.meter.finish()
+        self._close_bar()
+
     def end(self, error: BaseException | None = None) -> None:
         """End it, once: log, export and hand over the report."""
+        self._end(None if error is None else type(error).__name__)
+
+    def _end(self, error: str | None) -> None:
         if self._ended or (self._rank is None and not self._phases):  # or has not begun
             return
         self._ended = True
-        self._error = None if error is None else type(error).__name__
-        if self._bar is not None:
-            self._bar.close()
+        _begun.pop(self, None)
+        self._error = error
+        self._close_bar()
         report = self.report()
         _log.info("%s", report)
         _log.debug("%s", report.totals)
@@ -123,6 +149,10 @@ class Recording:
                 self._audience.on_report(report)
             except Exception:  # noqa: BLE001 - what is reported has happened
                 _log.warning("on_report failed", exc_info=True)
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
     def report(self) -> Report:
         """Return what is known so far."""
@@ -136,6 +166,22 @@ class Recording:
             totals=self.tally.totals(),
             error=self._error,
         )
+
+
+# Those that have begun and not ended, and whose they are.
+_begun: dict[Recording, weakref.ref[object]] = {}
+
+
+def _end_left(is_left: Callable[[object], bool] = lambda _: True) -> None:
+    """End recordings whose owners satisfy `is_left`; an owner that is gone is None."""
+    for recording, owner in list(_begun.items()):
+        if is_left(owner()):
+            recording._end("unknown")  # noqa: SLF001 - that is this module's
+
+
+atexit.register(_end_left)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begun.clear)  # they go on in the parent
 
 
 def _rank() -> int:

@@ -21,8 +21,9 @@ _GiB = 1 << 30
 class RequestPrices:
     """What requests cost, in USD for 1,000 of them.
 
-    The defaults are those of S3 Standard in us-east-1, as published in 2025. Others are on
-    https://aws.amazon.com/s3/pricing/.
+    The defaults are those of S3 Standard in us-east-1, as https://aws.amazon.com/s3/pricing/ had
+    them in 2025. Nobody keeps them up to date: pass those of the bucket's region and storage class
+    where it matters.
 
     Args:
         put_usd: For PUT, COPY, POST and LIST requests, and so for each part of an upload.
@@ -65,7 +66,9 @@ class Report:
         item_bytes: Of the rank's items, as they are stored: tensors, other values, and what
             `torch.save` puts around each.
         totals: The rank's requests.
-        error: The name of the error's type, if it failed.
+        error: The name of the error's type, if it failed. `unknown` if DCP alone knows it: under
+            plain `dcp.save` and `dcp.load`, where another rank or the planner has failed. Such a
+            report comes with the next save or load, or when the process ends.
     """
 
     operation: Literal["save", "load"]
@@ -123,7 +126,12 @@ class Report:
         return self.totals.overall
 
     def cost_usd(self, prices: RequestPrices | None = None) -> float:
-        """Estimate what the requests cost, in USD; by default at S3 Standard's prices."""
+        """Estimate what the requests cost, in USD: storage and traffic not included.
+
+        Args:
+            prices: The bucket's. By default those of S3 Standard, as `RequestPrices` has them; the
+                line that is logged goes by these.
+        """
         return (prices or RequestPrices()).cost_usd(self.totals)
 
     def __str__(self) -> str:

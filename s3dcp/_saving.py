@@ -32,6 +32,7 @@ from s3dcp._progress import Meter
 from s3dcp._publish import delete_quietly
 from s3dcp._ranges import Fragment, PartCutter, block_bytes, cut, upload_part_bytes
 from s3dcp._staging import Buffer, Memory, bytes_of, is_host, wait_for_copies
+from s3dcp._store import Moved
 from s3dcp._torch_internals import _StorageInfo, _StorageWriterTransforms
 from s3dcp._uploads import Upload
 
@@ -176,9 +177,10 @@ class SavedItems:
         self._pause = CollectorPause()
         self._memory = Memory(self._budget_bytes, self._settle, self._pause)
         self._alignment = storage_alignment()
-        self._sending: dict[Call[list[int]], list[Fragment[_Piece]]] = {}
+        self._sending: dict[Call[list[int]], tuple[list[Fragment[_Piece]], Moved]] = {}
         self._sent: queue.SimpleQueue[Call[list[int]]] = queue.SimpleQueue()
         self._files: list[_File] = []
+        self._meter.watch(self._under_way)
 
     def write(self, files: Sequence[tuple[S3Uri, str, Sequence[WriteItem]]]) -> list[WriteResult]:
         """Write every file, and return a result for every item.
@@ -372,7 +374,9 @@ class SavedItems:
         if file.held is not None:
             part, file.held = file.held, None
             file.sent += 1
-            self._submit(part, self._calls.submit(file.upload.send, file.sent, _views(part)))
+            moved = Moved()
+            call = self._calls.submit(file.upload.send, file.sent, _views(part), moved)
+            self._submit(part, moved, call)
 
     def _end(self, file: _File) -> None:
         self._end_run(file)
@@ -382,22 +386,23 @@ class SavedItems:
         if file.held is not None:
             rest, file.held = file.held, None
         if not file.sent:
-            self._submit(rest, self._calls.submit(file.upload.put, _views(rest)))
+            moved = Moved()
+            self._submit(rest, moved, self._calls.submit(file.upload.put, _views(rest), moved))
         elif rest:
             file.held = rest
             self._send_held(file)
         self._meter.expect(file.cutter.position - file.expected_bytes)
 
-    def _submit(self, part: list[Fragment[_Piece]], future: Call[list[int]]) -> None:
-        self._sending[future] = part
+    def _submit(self, part: list[Fragment[_Piece]], moved: Moved, future: Call[list[int]]) -> None:
+        self._sending[future] = part, moved
         future.add_done_callback(self._sent.put)
 
     def _settle(self) -> bool:
         """Wait for a part to be sent; False: none is under way."""
         if not self._sending:
             return False
-        future = self._pause.next_of(self._sent)
-        part = self._sending.pop(future)
+        future = self._pause.next_of(self._sent, self._meter.look)
+        part, _ = self._sending.pop(future)
         crcs = future.result()
         self._meter.advance(sum(fragment.view.nbytes for fragment in part))
         for fragment, crc in zip(part, crcs, strict=True):
@@ -408,6 +413,9 @@ class SavedItems:
                 if not charge.left_bytes:
                     self._release(charge)
         return True
+
+    def _under_way(self) -> int:
+        return sum(moved.size_bytes for _, moved in self._sending.values())
 
     def _complete(self) -> None:
         completing = [

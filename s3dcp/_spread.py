@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from operator import attrgetter
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import TypeVar
 
 from s3dcp._client import S3Store
 from s3dcp._config import S3ClientConfig
 from s3dcp._keys import S3Uri
 from s3dcp._portal import Portal, offload
-from s3dcp._store import Checksum, Condition, ObjectInfo, Receipt, Scatter, Views
+from s3dcp._store import Checksum, Condition, Moved, ObjectInfo, Receipt, Scatter, Views
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 # Of what is smaller, going over to another thread and back takes longer than the ciphers do.
@@ -32,6 +32,14 @@ class _Lane:
     portal: Portal
     store: S3Store
     requests: int = 0
+
+    async def run(self, send: Callable[[], Awaitable[T]]) -> T:
+        """Await `send()` on the loop, counted."""
+        self.requests += 1
+        try:
+            return await self.portal.run(send)
+        finally:
+            self.requests -= 1
 
 
 class SpreadStore(S3Store):
@@ -72,7 +80,8 @@ class SpreadStore(S3Store):
         self, uri: S3Uri, start: int, into: Scatter, *, if_match: str | None = None
     ) -> ObjectInfo:
         lane = self._lane(into.remaining)
-        return await _on(lane, S3Store.get_range, uri, start, into, if_match=if_match)
+        get = partial(S3Store.get_range, lane.store, uri, start, into, if_match=if_match)
+        return await lane.run(get)
 
     async def put(
         self,
@@ -81,35 +90,32 @@ class SpreadStore(S3Store):
         *,
         checksum: Checksum | None = None,
         condition: Condition | None = None,
+        moved: Moved | None = None,
     ) -> Receipt:
         # What becomes of a condition is for this store to know.
         lane = self._lanes[0] if condition else self._lane(_size(body))
-        return await _on(lane, S3Store.put, uri, body, checksum=checksum, condition=condition)
+        put = partial(S3Store.put, lane.store, uri, body)
+        return await lane.run(partial(put, checksum=checksum, condition=condition, moved=moved))
 
     async def upload_part(
-        self, uri: S3Uri, upload_id: str, number: int, body: Views, *, checksum: Checksum | None
+        self,
+        uri: S3Uri,
+        upload_id: str,
+        number: int,
+        body: Views,
+        *,
+        checksum: Checksum | None,
+        moved: Moved | None = None,
     ) -> Receipt:
         lane = self._lane(_size(body))
-        return await _on(lane, S3Store.upload_part, uri, upload_id, number, body, checksum=checksum)
+        send = partial(S3Store.upload_part, lane.store, uri, upload_id, number, body)
+        return await lane.run(partial(send, checksum=checksum, moved=moved))
 
     def _lane(self, size_bytes: int) -> _Lane:
         """Return the lane with the fewest requests, for a body that is worth it."""
         if size_bytes < _SPREAD_BYTES:
             return self._lanes[0]
         return min(self._lanes, key=attrgetter("requests"))
-
-
-async def _on(
-    lane: _Lane,
-    send: Callable[Concatenate[S3Store, P], Awaitable[T]],
-    *args: P.args,
-    **kwargs: P.kwargs,
-) -> T:
-    lane.requests += 1
-    try:
-        return await lane.portal.run(send, lane.store, *args, **kwargs)
-    finally:
-        lane.requests -= 1
 
 
 def _size(body: Views) -> int:

@@ -92,19 +92,38 @@ class PartList:
         return sum(part.size_bytes for part in self.parts)
 
 
+class Moved:
+    """How many bytes of one body have gone over the wire, for whoever looks, on any thread.
+
+    Attributes:
+        size_bytes: Those of the attempt that is under way, and what it goes on from.
+    """
+
+    __slots__ = ("size_bytes",)
+
+    def __init__(self) -> None:
+        self.size_bytes = 0
+
+
 class Scatter:
     """Where the bytes of one response go, in order, and how many have arrived.
 
     A failed request leaves `received` at what is already in place, so that the next attempt asks
     only for the rest.
 
+    Args:
+        views: The places.
+        moved: Is told how many have arrived.
+
     Attributes:
         etag: Of the object that they are bytes of, as soon as the store has said so.
     """
 
-    __slots__ = ("_index", "_offset", "_views", "etag", "received", "size_bytes")
+    __slots__ = ("_index", "_moved", "_offset", "_views", "etag", "received", "size_bytes")
 
-    def __init__(self, views: Views) -> None:
+    def __init__(self, views: Views, moved: Moved | None = None) -> None:
+        self._moved = moved or Moved()
+        self._moved.size_bytes = 0
         self._views = [view for view in views if view.nbytes]
         self._index = 0
         self._offset = 0
@@ -125,6 +144,7 @@ class Scatter:
     def advance(self, count: int) -> None:
         """Take note that `count` bytes were written to the last `free()`."""
         self.received += count
+        self._moved.size_bytes = self.received
         self._offset += count
         if self._offset == self._views[self._index].nbytes:
             # Dropped at once: a view keeps its tensor alive.
@@ -177,16 +197,24 @@ class Store(Protocol):
         *,
         checksum: Checksum | None = None,
         condition: Condition | None = None,
+        moved: Moved | None = None,
     ) -> Receipt:
-        """Write an object in one request."""
+        """Write an object in one request; `moved` is told how far it is."""
 
     async def create_upload(self, uri: S3Uri, *, checksum: ChecksumName | None) -> str:
         """Start a multipart upload and return its id."""
 
     async def upload_part(
-        self, uri: S3Uri, upload_id: str, number: int, body: Views, *, checksum: Checksum | None
+        self,
+        uri: S3Uri,
+        upload_id: str,
+        number: int,
+        body: Views,
+        *,
+        checksum: Checksum | None,
+        moved: Moved | None = None,
     ) -> Receipt:
-        """Send a part. Numbers start at 1."""
+        """Send a part; `moved` is told how far it is. Numbers start at 1."""
 
     async def complete_upload(
         self, uri: S3Uri, upload_id: str, parts: Sequence[Part], *, checksum: Checksum | None

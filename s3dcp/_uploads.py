@@ -22,7 +22,7 @@ from s3dcp._flow import Channel, wait_all
 from s3dcp._keys import S3Uri
 from s3dcp._portal import offload
 from s3dcp._ranges import MAX_PART_BYTES, GiB, even_ranges
-from s3dcp._store import Checksum, Part, Receipt, Store, Views
+from s3dcp._store import Checksum, Moved, Part, Receipt, Store, Views
 
 _log = logging.getLogger("s3dcp.uploads")
 
@@ -75,25 +75,25 @@ class Upload:
         self._parts = {part.number: part for part in parts}
         self._checksum = checksum
 
-    async def put(self, body: Views) -> list[int]:
+    async def put(self, body: Views, moved: Moved | None = None) -> list[int]:
         """Write the whole object in one request; return the item CRC of each view."""
         crcs, checksum = await self._checksums(body)
 
         self.touched = True
-        put = partial(self._channel.store.put, self.uri, body, checksum=checksum)
+        put = partial(self._channel.store.put, self.uri, body, checksum=checksum, moved=moved)
         size = sum(view.nbytes for view in body)
         receipt = await self._channel.request("PutObject", self.uri, put, size_bytes=size)
         heed(receipt, self._channel.store, self.uri, checksum)
         self._closed = True
         return crcs
 
-    async def send(self, number: int, body: Views) -> list[int]:
+    async def send(self, number: int, body: Views, moved: Moved | None = None) -> list[int]:
         """Send part `number` (from 1 on); return the item CRC of each view.
 
         Parts may be sent in any order, many at once. `body` is held until this returns or raises.
         """
         with self._adding():
-            return await self._send(number, body)
+            return await self._send(number, body, moved)
 
     async def copy(
         self, number: int, source: S3Uri, start: int, end: int, *, if_match: str | None
@@ -121,13 +121,19 @@ class Upload:
         finally:
             self._sending.discard(task)
 
-    async def _send(self, number: int, body: Views) -> list[int]:
+    async def _send(self, number: int, body: Views, moved: Moved | None) -> list[int]:
         started = self._started()  # while the checksums are computed
         crcs, checksum = await self._checksums(body)
         upload_id = await asyncio.shield(started)
 
         send = partial(
-            self._channel.store.upload_part, self.uri, upload_id, number, body, checksum=checksum
+            self._channel.store.upload_part,
+            self.uri,
+            upload_id,
+            number,
+            body,
+            checksum=checksum,
+            moved=moved,
         )
         size = sum(view.nbytes for view in body)
         receipt = await self._channel.request("UploadPart", self.uri, send, size_bytes=size)

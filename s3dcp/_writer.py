@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from s3dcp._collector import dismantle
 from s3dcp._commit import Found, data_name, deletions, metadata_name
 from s3dcp._config import S3ClientConfig
 from s3dcp._errors import (
@@ -129,7 +130,7 @@ class S3StorageWriter(FileSystemWriter):
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
         self._is_coordinator = is_coordinator
         self.recording, self._staged = self._staged or self._new_recording(), None
-        self.recording.identify(str(self.path), self.rank, is_coordinator=is_coordinator)
+        self.recording.identify(self, str(self.path), self.rank, is_coordinator=is_coordinator)
         self._look = None
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -191,7 +192,7 @@ class S3StorageWriter(FileSystemWriter):
         self.recording.lap("plan")
         with self.recording.during("write"):
             saved = self._write(plan, planner)
-            self.recording.meter.finish()
+            self.recording.finish_bytes()
         if self.use_collectives and not self._is_coordinator:
             self.recording.end()  # others commit
         future: Future[list[WriteResult]] = Future()
@@ -286,6 +287,7 @@ class S3StorageWriter(FileSystemWriter):
                 (info.relative_path for info in metadata.storage_data.values()),
             )
             uris = self._uris(names)
+            dismantle(old.storage_data, old.state_dict_metadata)
         except (CorruptMetadataError, InvalidS3UriError) as exc:
             _log.warning("objects of the checkpoint that was replaced are left in place: %s", exc)
             return

@@ -12,6 +12,7 @@ from s3dcp._keys import S3Uri
 from s3dcp._store import (
     Checksum,
     Condition,
+    Moved,
     ObjectInfo,
     Part,
     PartList,
@@ -111,6 +112,7 @@ class MemoryStore:
         *,
         checksum: Checksum | None = None,
         condition: Condition | None = None,
+        moved: Moved | None = None,
     ) -> Receipt:
         self._begin("put", uri)
         if condition is not None and self.honours_conditions:
@@ -131,7 +133,14 @@ class MemoryStore:
         return upload_id
 
     async def upload_part(
-        self, uri: S3Uri, upload_id: str, number: int, body: Views, *, checksum: Checksum | None
+        self,
+        uri: S3Uri,
+        upload_id: str,
+        number: int,
+        body: Views,
+        *,
+        checksum: Checksum | None,
+        moved: Moved | None = None,
     ) -> Receipt:
         self._begin("upload_part", uri)
         if upload_id not in self.uploads:

@@ -1,17 +1,16 @@
-"""What `asave`, `aload` and `S3Client` do to the loop of their caller, and what a cancel does.
-
-How long other threads keep a loop from running is told by the process's CPU time: what the machine
-gives to other processes meanwhile is not theirs.
-"""
+"""What `asave`, `aload` and `S3Client` do to the loop of their caller, and what a cancel does."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -24,11 +23,11 @@ from s3dcp._loop_thread import new_event_loop
 from s3dcp._portal import portal
 from s3dcp.testing import FakeS3, FakeS3Process, Stall
 from tests._fakes import BUCKET, uri_of
+from tests._lag import watched
 from tests._servers import use
 from tests._states import MiB, fill
 
 _MOST_LATE_S = 0.020
-_TICK_S = 0.001
 URI = uri_of("run/step-1")
 
 
@@ -65,26 +64,6 @@ def apart(_apart: FakeS3Process, monkeypatch: pytest.MonkeyPatch) -> FakeS3Proce
     return _apart
 
 
-@asynccontextmanager
-async def watched() -> AsyncIterator[list[float]]:
-    """By how many seconds the loop was late, once for each of its turns."""
-    late_s: list[float] = []
-
-    async def tick() -> None:
-        while True:
-            due_s, cpu_s = time.perf_counter() + _TICK_S, time.process_time()
-            await asyncio.sleep(_TICK_S)
-            delay_s = time.perf_counter() - due_s
-            late_s.append(min(delay_s, time.process_time() - cpu_s))
-
-    ticking = asyncio.create_task(tick())
-    try:
-        yield late_s
-        await asyncio.sleep(_TICK_S)
-    finally:
-        ticking.cancel()
-
-
 SHAPES = {
     "large": {f"layer.{n}": torch.zeros(8 * MiB // 4) for n in range(8)},
     "thousands": {f"layer.{n}": torch.full((16,), float(n)) for n in range(2000)},
@@ -109,6 +88,48 @@ def test_the_callers_loop_goes_on(apart: FakeS3Process, run: Run, shape: str) ->
         assert median(loads) < _MOST_LATE_S, loads
 
     run(main())
+
+
+_FIRST_USES = """
+import asyncio, json, os, sys, warnings
+import torch
+import s3dcp
+from tests._lag import watched
+
+warnings.simplefilter("ignore")  # of a fork beside torch's threads
+
+async def main():
+    async with watched() as late_s:
+        await s3dcp.asave({"w": torch.ones(10)}, sys.argv[1])
+    return max(late_s)
+
+worst_s = []
+for _ in range(3):
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.write(writing, str(asyncio.run(main())).encode())
+        os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading) as pipe:
+        worst_s.append(float(pipe.read()))
+    os.waitpid(child, 0)
+print(json.dumps(worst_s))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_the_first_use_of_a_process_lets_it_go_on(apart: FakeS3Process) -> None:
+    """It imports the S3 stack, reads botocore's models and starts the threads."""
+    done = subprocess.run(
+        [sys.executable, "-c", _FIRST_USES, URI],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parents[1],
+    )
+    worst_s = json.loads(done.stdout)
+    assert median(worst_s) < _MOST_LATE_S, worst_s
 
 
 def test_no_objects_but_new_ones_are_collected_meanwhile(apart: FakeS3Process) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from s3dcp._collector import _NEVER, CollectorPause, _in_force
+from s3dcp._collector import _NEVER, CollectorPause, _in_force, dismantle
 
 USUAL = gc.get_threshold()
 HELD_BACK = (USUAL[0], _NEVER, _NEVER)
@@ -22,6 +22,19 @@ def _as_usual() -> Iterator[None]:
     assert not _in_force
     assert gc.get_threshold() == USUAL
     assert gc.isenabled()
+
+
+def test_containers_are_emptied_element_by_element() -> None:
+    left: list[int] = []
+
+    class Element:
+        def __del__(self) -> None:
+            left.append(len(elements) + len(mapping))
+
+    elements = [Element() for _ in range(3)]
+    mapping = {n: Element() for n in range(3)}
+    dismantle(elements, mapping)
+    assert left == [5, 4, 3, 2, 1, 0]
 
 
 def test_it_is_held_back_meanwhile() -> None:

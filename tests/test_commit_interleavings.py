@@ -34,7 +34,7 @@ from s3dcp._errors import (
 from s3dcp._flow import Channel
 from s3dcp._keys import S3Uri
 from s3dcp._publish import delete_quietly, publish
-from s3dcp._store import Checksum, Condition, ObjectInfo, Receipt, Views
+from s3dcp._store import Checksum, Condition, Moved, ObjectInfo, Receipt, Views
 from tests._stores import MemoryStore, channel_of
 
 T = TypeVar("T")
@@ -122,6 +122,7 @@ class SteppedStore(MemoryStore):
         *,
         checksum: Checksum | None = None,
         condition: Condition | None = None,
+        moved: Moved | None = None,
     ) -> Receipt:
         held = [memoryview(bytes(view)) for view in body]
         put = partial(super().put, uri, held, checksum=checksum, condition=condition)

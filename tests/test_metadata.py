@@ -101,6 +101,31 @@ def test_what_is_not_sealed_is_taken() -> None:
     assert pickle.load(io.BytesIO(sealed)) == sample()
 
 
+def test_python_code_runs_between_frames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There other threads take over: an awaiting caller's loop among them."""
+    pieces: list[int] = []
+
+    def check() -> None:
+        assert sum(pieces) > 5 * max(pieces)
+        assert max(pieces) < 100_000
+        pieces.clear()
+
+    class Noted(_metadata._Frames):
+        def read(self, size: int | None = -1, /) -> bytes:
+            pieces.append(len(data := super().read(size)))
+            return data
+
+        def write(self, buffer: Any, /) -> int:
+            pieces.append(len(buffer))
+            return super().write(buffer)
+
+    monkeypatch.setattr(_metadata, "_Frames", Noted)
+    data = dump_metadata(sample(5000))
+    check()
+    load(data)
+    check()
+
+
 def test_stock_reads_ours() -> None:
     metadata = sample()
     for info in metadata.storage_data.values():

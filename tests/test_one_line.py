@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import gc
+import logging
 import pickle
 import threading
 import traceback
@@ -154,6 +155,22 @@ class TestErrors:
         cause = caught.value.__cause__
         assert isinstance(cause, CheckpointException)
         assert [type(error) for error, _ in cause.failures.values()] == [CheckpointNotFoundError]
+
+    def test_torch_logs_nothing_of_metadata_that_is_not_there(
+        self, server: FakeS3, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        with pytest.raises(CheckpointNotFoundError):
+            s3dcp.load(empty(), URI)
+        s3dcp.save(state(), URI, use_collectives=False)
+        s3dcp.load(empty(), URI)  # from a rank's own
+
+        warned = {
+            each.name
+            for each in caplog.records
+            # pytest also sees what torch keeps to itself.
+            if each.levelno >= logging.WARNING and logging.getLogger(each.name).propagate
+        }
+        assert warned <= {"s3dcp.commits"}
 
     def test_metadata_that_is_not_ours_to_read(self, server: FakeS3) -> None:
         server.write(BUCKET, "run/step-1/.metadata", pickle.dumps(Bomb()))

@@ -36,8 +36,9 @@ from s3dcp import (
 from s3dcp._keys import S3Uri
 from s3dcp._portal import portal
 from s3dcp._progress import Meter
+from s3dcp._recording import Audience, Recording
 from s3dcp._saving import SavedItems
-from s3dcp.testing import Cut, FakeS3, slow_down
+from s3dcp.testing import Cut, FakeS3, Stall, slow_down
 from tests._fakes import BUCKET, uri_of
 from tests._states import MiB, StateDict, assert_same, blank, fill
 from tests._stores import MemoryStore, channel_of
@@ -97,6 +98,26 @@ class TestMeter:
         assert told[0] == (0, 100)
         assert len(told) == 11
         assert told[-1] == (100, 100)
+
+    def test_what_is_under_way_is_shown_and_never_taken_back(self) -> None:
+        clock, told = Clock(), Told()
+        meter = Meter(clock)
+        meter.show(told)
+        under_way = iter([0, 40, 100, 0, 60, 100, 0, 100])  # the first one is tried again
+        meter.watch(lambda: next(under_way))
+        meter.expect(200)
+        for _ in range(5):
+            clock.now_s += 1
+            meter.look()
+        assert meter.done_bytes == 0
+        clock.now_s += 1
+        meter.advance(100)
+        clock.now_s += 1
+        meter.look()
+        meter.advance(100)
+        meter.finish()
+
+        assert [done for done, _ in told] == [0, 38, 95, 95, 95, 95, 100, 195, 200]
 
     def test_a_slow_callback_is_called_seldom(self) -> None:
         clock = Clock()
@@ -215,6 +236,29 @@ class TestCallback:
 
         told.check(stored_bytes(fake))
         assert {total for _, total in told} == {stored_bytes(fake)}
+
+    def test_it_moves_while_a_request_is_under_way(self, fake: FakeS3) -> None:
+        """Of an object in one request: no answer comes, or half of one, before that was shown."""
+        kept = {"w": fill((3 * MiB,), seed=1)}
+        config = S3ClientConfig(part_size=64 * MiB)
+
+        class Seen(Told):
+            """Lets the store go on."""
+
+            def __call__(self, done_bytes: int, total_bytes: int) -> None:
+                super().__call__(done_bytes, total_bytes)
+                if 4 * MiB < done_bytes < total_bytes:
+                    rule.release()
+
+        saving, loading = Seen(), Seen()
+        rule = fake.inject(Stall(head=False), operation="PutObject", key="*.distcp")
+        s3dcp.save(kept, URI, s3client_config=config, progress=saving)
+        rule = fake.inject(Stall(6 * MiB), operation="GetObject", key="*.distcp")
+        s3dcp.load(blank(kept), URI, s3client_config=config, progress=loading)
+
+        for told in (saving, loading):
+            told.check(stored_bytes(fake))
+            assert any(4 * MiB < done < 12 * MiB for done, _ in told)
 
     def test_of_another_layout_than_was_guessed(self, fake: FakeS3, tmp_path: Path) -> None:
         """A transposed tensor of torch's own writer is read twice."""
@@ -352,6 +396,19 @@ class TestBar:
             text = shown()
         assert text.endswith("\r\n")
         assert "100%|" not in text
+
+    def test_it_ends_with_its_bytes_whatever_comes_of_other_ranks(self) -> None:
+        with terminal() as shown:
+            recording = Recording("save", URI, Audience(progress=True))
+            recording.identify(self, URI, 0, is_coordinator=True)
+            recording.meter.expect(1000)
+            recording.meter.advance(1000)
+            recording.finish_bytes()
+            text = shown()
+            recording.end()
+            assert shown() == ""
+        assert "step-1: 100%|" in text
+        assert text.endswith("\r\n")
 
     def test_elsewhere_it_is_silent(self, fake: FakeS3, capfd: pytest.CaptureFixture[str]) -> None:
         s3dcp.save(state(), URI, progress=True)

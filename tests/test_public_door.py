@@ -56,6 +56,10 @@ class TestExports:
         assert set(s3dcp.__all__) == public | {"__version__"}
         assert len(s3dcp.__all__) == len(set(s3dcp.__all__))
 
+    def test_mypy_checks_a_program_that_uses_every_name(self) -> None:
+        program = Path(__file__).with_name("typed_user.py").read_text("utf-8")
+        assert set(s3dcp.__all__) == set(re.findall(r"\bs3dcp\.(\w+)", program)) - {"testing"}
+
     def test_no_module_but_the_second_door_is_public(self) -> None:
         modules = {name for name, value in vars(s3dcp).items() if isinstance(value, ModuleType)}
         assert {name for name in modules if not name.startswith("_")} <= {"testing"}

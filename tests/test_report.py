@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import logging
 import pickle
+import subprocess
+import sys
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 import s3dcp
 from s3dcp import (
@@ -228,6 +232,75 @@ class TestOfDcp:
         ]
         assert [list(report.phases) for report in reports] == [["metadata"], SAVED, ["plan"]]
 
+    @pytest.mark.parametrize("begins", ["again", "another"])
+    def test_what_dcp_does_not_tell_is_reported_with_the_next(
+        self, fake: FakeS3, begins: str
+    ) -> None:
+        """A planner's failure: the writer and the reader are not told of it."""
+        reports: list[Report] = []
+
+        class SavePlanner(DefaultSavePlanner):
+            def create_local_plan(self) -> Any:
+                raise ValueError("nothing to save")
+
+        class LoadPlanner(DefaultLoadPlanner):
+            def create_local_plan(self) -> Any:
+                raise ValueError("nothing to load")
+
+        dcp.save(state(), storage_writer=S3StorageWriter(None, URI, CONFIG), no_dist=True)
+
+        def save() -> None:
+            writer = S3StorageWriter(None, URI, CONFIG, on_report=reports.append)
+            with pytest.raises(CheckpointException, match="nothing to save"):
+                dcp.save(state(), storage_writer=writer, planner=SavePlanner(), no_dist=True)
+            if begins == "again":
+                assert reports == []
+                dcp.save(state(), storage_writer=writer, no_dist=True)
+
+        def load() -> None:
+            reader = S3StorageReader(None, URI, on_report=reports.append)
+            with pytest.raises(CheckpointException, match="nothing to load"):
+                dcp.load(blank(state()), storage_reader=reader, planner=LoadPlanner(), no_dist=True)
+            if begins == "again":
+                dcp.load(blank(state()), storage_reader=reader, no_dist=True)
+
+        for work in (save, load):
+            work()
+            gc.collect()  # what the error's traceback held on to
+            dcp.save(state(), storage_writer=S3StorageWriter(None, URI, CONFIG), no_dist=True)
+        assert [(report.operation, report.error) for report in reports if report.error] == [
+            ("save", "unknown"),
+            ("load", "unknown"),
+        ]
+        assert len(reports) == (4 if begins == "again" else 2)
+
+    def test_at_the_latest_when_the_process_ends(self, fake: FakeS3) -> None:
+        script = f"""
+import logging, sys
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+import s3dcp
+
+class Planner(DefaultSavePlanner):
+    def create_local_plan(self):
+        raise ValueError("nothing to save")
+
+logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stdout)
+writer = s3dcp.S3StorageWriter(None, {URI!r}, on_report=lambda report: print(report.error))
+dcp.save({{}}, storage_writer=writer, planner=Planner(), no_dist=True)
+"""
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", script],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 1
+        assert "nothing to save" in done.stderr
+        line, error = done.stdout.splitlines()[-2:]
+        assert line.startswith(f"s3dcp.reports: rank 0 failed to save (unknown) {URI!r}")
+        assert error == "unknown"
+
     def test_before_and_elsewhere_it_is_blank(self, fake: FakeS3) -> None:
         writer, reader = S3StorageWriter(None, URI, CONFIG), S3StorageReader(None, URI)
         assert writer.report.phases == reader.report.phases == {}
@@ -344,6 +417,31 @@ def _saved(uri: str) -> tuple[list[Report], list[Report]]:
     with pytest.raises(ValueError, match="lost"):
         s3dcp.save(tensors, uri, planner=Planner(), on_report=badly.append)
     return well, badly
+
+
+def _failed_plainly(uri: str) -> list[str | None]:
+    """Save by `dcp.save` where another rank fails, and again."""
+    reports: list[Report] = []
+    writer = S3StorageWriter(None, uri, on_report=reports.append)
+    tensors = {f"rank-{dist.get_rank()}": torch.ones(1000)}
+
+    class Planner(DefaultSavePlanner):
+        def resolve_data(self, write_item: Any) -> Any:
+            if dist.get_rank() == 1:
+                raise ValueError("lost")
+            return super().resolve_data(write_item)
+
+    with pytest.raises(CheckpointException, match="lost"):
+        dcp.save(tensors, storage_writer=writer, planner=Planner())
+    dcp.save(tensors, storage_writer=writer)
+    return [report.error for report in reports]
+
+
+def test_the_coordinator_is_not_told_of_another_ranks_failure(
+    ranks2: RankPool, bucket: str
+) -> None:
+    found = ranks2.run(_failed_plainly, f"s3://{bucket}/run")
+    assert found == [["unknown", None], ["ValueError", None]]
 
 
 def test_every_rank_has_its_own(ranks2: RankPool, bucket: str) -> None:

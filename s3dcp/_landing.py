@@ -16,6 +16,7 @@ a wrong one costs a second read of the whole item.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -126,10 +127,11 @@ class Item:
         """
         if self.stored is None or not (self.exact or self.is_partial):
             return True
-        header: bytes | memoryview | None = self.header
-        if header is None and self.places and not self.places[0][0]:
-            header = self.places[0][1]
         expected = self.stored.frame.header
+        header = self.header
+        if header is None and self.places and not self.places[0][0]:
+            # A copy is quick; views are compared element by element.
+            header = bytes(self.places[0][1][: len(expected)])
         return header is None or header[: len(expected)] == expected
 
     def where(self, start: int, end: int) -> list[memoryview]:
@@ -187,7 +189,7 @@ def group(items: Iterable[ReadItem], metadata: Metadata, base: S3Uri) -> list[It
         item.requests.append(request)
     for item in found.values():
         item.ranges = needed_ranges(item.requests, item.stored, item.crcs, item.info.length)
-        item.missing_bytes = sum(end - start for start, end in item.ranges)
+        item.missing_bytes = sum([end - start for start, end in item.ranges])
     return list(found.values())
 
 
@@ -250,12 +252,18 @@ def _stored(
         chunks = [chunks[hint]]
     for chunk in chunks:
         if index.offset is None or chunk.offsets == index.offset:
-            dtype, shape = entry.properties.dtype, tuple(chunk.sizes)
+            dtype = entry.properties.dtype
             if isinstance(info, TensorMemory):
-                return Stored(dtype, shape, bare_frame(info.length))
-            frame = frame_for(dtype, shape, alignment)
-            return Stored(dtype, shape, frame) if frame is not None else None
+                return Stored(dtype, tuple(chunk.sizes), bare_frame(info.length))
+            return _framed(dtype, chunk.sizes, alignment)
     return None
+
+
+@functools.lru_cache(maxsize=2048)
+def _framed(dtype: torch.dtype, sizes: torch.Size, alignment: int) -> Stored | None:
+    shape = tuple(sizes)
+    frame = frame_for(dtype, shape, alignment)
+    return Stored(dtype, shape, frame) if frame is not None else None
 
 
 def settle_place(item: Item, targets: list[torch.Tensor], take: Callable[[int], Buffer]) -> None:
@@ -287,7 +295,7 @@ def _exact_range(item: Item, targets: list[torch.Tensor]) -> tuple[int, int] | N
     if item.crcs is not None and _may_be_transposed(item.crcs, stored):
         return None
     [request], [target] = item.requests, targets
-    shape = stored.shape
+    shape, lengths = stored.shape, tuple(request.lengths)
     if not (
         type(target) is torch.Tensor
         and target.layout is torch.strided
@@ -295,9 +303,9 @@ def _exact_range(item: Item, targets: list[torch.Tensor]) -> tuple[int, int] | N
         and target.is_contiguous()
         and not target.is_conj()
         and not target.is_neg()
-        and tuple(target.shape) == tuple(request.lengths)
-        and tuple(request.lengths[1:]) == shape[1:]
-        and not any(request.storage_offsets[1:])
+        and tuple(target.shape) == lengths
+        and lengths[1:] == shape[1:]
+        and not any(tuple(request.storage_offsets)[1:])
     ):
         return None
     first = request.storage_offsets[0] if shape else 0
@@ -308,8 +316,10 @@ def _exact_range(item: Item, targets: list[torch.Tensor]) -> tuple[int, int] | N
 
 def _may_be_transposed(crcs: ItemCrcs, stored: Stored) -> bool:
     """Return whether our own writer stored strides, which is why it made no blocks of rows."""
-    large = stored.row_bytes * 2 < stored.frame.data_bytes and not stored.is_bare
-    return crcs.block_bytes is None and large and stored.frame.data_bytes >= _COPIED_BYTES
+    data_bytes = stored.frame.data_bytes
+    if crcs.block_bytes is not None or data_bytes < _COPIED_BYTES:
+        return False
+    return stored.row_bytes * 2 < data_bytes and not stored.is_bare
 
 
 def _around(

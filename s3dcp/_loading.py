@@ -62,21 +62,21 @@ class _Fetch:
     Attributes:
         span: What is fetched.
         scratch: Memory for what lands in the span, and is copied from there.
-        landed: What lands there: whose, from which of the item's offsets on, where.
+        staged: What lands there for a device: whose, from which of the item's offsets on, where.
         checked: The pieces whose CRCs come back: whose, and from which offset on.
         moved: How far it is.
     """
 
     span: Span[Item]
     scratch: Buffer | None
-    landed: list[tuple[Item, int, memoryview]]
+    staged: list[tuple[Item, int, memoryview]]
     checked: list[tuple[Item, int, memoryview]]
     moved: Moved = field(default_factory=Moved)
 
     @property
     def wanted_bytes(self) -> int:
         """How many of the span's bytes are wanted, the gaps between them not included."""
-        return sum(want.end - want.start for want in self.span.pieces)
+        return sum([want.end - want.start for want in self.span.pieces])
 
 
 class LoadedItems:
@@ -215,7 +215,7 @@ class LoadedItems:
 
     def _destinations(self, span: Span[Item]) -> tuple[_Fetch, list[memoryview]]:
         """Return where a span's bytes go."""
-        size = sum(w.end - w.start for w in span.pieces if w.owner.lands_in_span)
+        size = sum([w.end - w.start for w in span.pieces if w.owner.lands_in_span])
         fetch = _Fetch(span, self._take(size) if size else None, [], [])
         free = fetch.scratch.view if fetch.scratch else memoryview(b"")
         into: list[memoryview] = []
@@ -223,24 +223,29 @@ class LoadedItems:
         position = span.start
         for want in span.pieces:
             item, start = want.owner, want.start - want.owner.info.offset
-            if run_bytes and (want.start > position or not item.lands_in_span):
+            lands_in_span = item.lands_in_span
+            if run_bytes and (want.start > position or not lands_in_span):
                 into.append(free[used - run_bytes : used])
                 run_bytes = 0
-            into.extend(discard(want.start - position))
+            if want.start > position:
+                into.extend(discard(want.start - position))
             position = want.end
             length = want.end - want.start
-            if item.lands_in_span:
+            if lands_in_span:
                 views = [free[used : used + length]]
-                fetch.landed.append((item, start, views[0]))
                 item.places = [(start, views[0])]
                 used += length
                 run_bytes += length
+                if item.device is not None:
+                    fetch.staged.append((item, start, views[0]))
             else:
                 views = item.where(start, start + length)
                 into.extend(views)
-            for view in views:
-                fetch.checked.extend((item, at, piece) for at, piece in item.checked(start, view))
-                start += view.nbytes
+            if not item.is_small:  # those are checked when they are copied
+                for view in views:
+                    pieces = item.checked(start, view)
+                    fetch.checked.extend((item, at, piece) for at, piece in pieces)
+                    start += view.nbytes
         if run_bytes:
             into.append(free[used - run_bytes : used])
         return fetch, into
@@ -262,12 +267,11 @@ class LoadedItems:
             raise
         for (item, start, view), crc in zip(fetch.checked, crcs, strict=True):
             item.sums.append((start, crc, view.nbytes))
-        landed = {id(item): view for item, _, view in fetch.landed}
-        for item, start, view in fetch.landed:
+        for item, start, view in fetch.staged:
             copy_to_device(item, start, view)
         for device in {
             item.device.device: item.device
-            for item, _, _ in fetch.landed
+            for item, _, _ in fetch.staged
             if item.device is not None
         }.values():
             wait_for_copies(device)
@@ -276,7 +280,8 @@ class LoadedItems:
             item = want.owner
             item.missing_bytes -= want.end - want.start
             if not item.missing_bytes:
-                self._finish(item, landed.get(id(item)) if item.is_small else None)
+                # A small item is never cut: its one place has all of it.
+                self._finish(item, item.places[0][1] if item.is_small and item.places else None)
         if fetch.scratch is not None:
             self._memory.give_back(fetch.scratch)
         return True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import copy
+import dataclasses
 import gc
 import io
 import os
@@ -12,6 +13,7 @@ import pathlib
 import pickle
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +96,10 @@ def test_any_flipped_bit_is_found(bit: int) -> None:
 
 def test_what_is_not_sealed_is_taken() -> None:
     assert load(pickle.dumps(sample())) == sample()
-    sealed = dump_metadata(sample())
-    assert sealed.startswith(pickle.dumps(sample()))
-    assert len(sealed) < len(pickle.dumps(sample())) + 30
+    metadata = sample()
+    sealed = dump_metadata(metadata)  # which has equal sizes be one object
+    assert sealed.startswith(pickle.dumps(metadata))
+    assert len(sealed) < len(pickle.dumps(metadata)) + 30
     assert load_metadata(sealed, source="x", trusted=True) == sample()
     assert pickle.load(io.BytesIO(sealed)) == sample()
 
@@ -124,6 +127,41 @@ def test_python_code_runs_between_frames(monkeypatch: pytest.MonkeyPatch) -> Non
     check()
     load(data)
     check()
+
+
+@pytest.mark.parametrize("read", [load, pickle.loads], ids=["ours", "stock"])
+def test_equal_sizes_and_properties_are_stored_once(read: Callable[[bytes], Metadata]) -> None:
+    metadata = sample(8)
+    for entry in metadata.state_dict_metadata.values():
+        if isinstance(entry, TensorStorageMetadata):
+            entry.size = torch.Size(list(SHAPE))
+            entry.chunks[0].sizes = torch.Size(list(SHAPE))
+            entry.properties = dataclasses.replace(entry.properties)
+    loaded = read(dump_metadata(metadata))
+    assert loaded == sample(8)
+    tensors = [
+        entry
+        for entry in loaded.state_dict_metadata.values()
+        if isinstance(entry, TensorStorageMetadata)
+    ]
+    chunks = [chunk for entry in tensors for chunk in entry.chunks]
+    offsets = [index.offset for index in loaded.storage_data if index.offset is not None]
+    for same in (
+        [entry.size for entry in tensors] + [chunk.sizes for chunk in chunks],
+        [chunk.offsets for chunk in chunks] + offsets,
+        [entry.properties for entry in tensors],
+    ):
+        assert len(same) >= 8
+        assert len(set(map(id, same))) == 1
+
+
+def test_what_equals_a_size_is_not_taken_for_one() -> None:
+    metadata = sample()
+    metadata.state_dict_metadata["t0"].size = (2, 3)  # type: ignore[union-attr, assignment]
+    metadata.state_dict_metadata["other"] = sample().state_dict_metadata["t0"]
+    loaded = pickle.loads(dump_metadata(metadata))
+    assert type(loaded.state_dict_metadata["t0"].size) is tuple
+    assert type(loaded.state_dict_metadata["other"].size) is torch.Size
 
 
 def test_stock_reads_ours() -> None:
@@ -171,8 +209,9 @@ def test_paths_of_every_python_and_system(module: str, name: str) -> None:
 
 
 def test_truncation_at_every_byte() -> None:
-    data = dump_metadata(sample(1))
-    pickled = len(pickle.dumps(sample(1)))
+    metadata = sample(1)
+    data = dump_metadata(metadata)
+    pickled = len(pickle.dumps(metadata))
     for length in range(len(data)):
         if length == pickled:
             continue  # as another library writes it

@@ -29,8 +29,10 @@ from s3dcp._errors import (
     S3ConfigError,
 )
 from s3dcp._filesystem import S3FileSystem
+from s3dcp._flow import Channel
 from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
 from s3dcp._metadata import dump_metadata, load_metadata
+from s3dcp._portal import Calls, Portal
 from s3dcp._prefixes import DefaultPrefixStrategy, S3PrefixStrategyBase
 from s3dcp._progress import ProgressCallback
 from s3dcp._publish import already_exists, delete_quietly, exists, publish, read
@@ -53,17 +55,29 @@ class StorageMetadata:
     prefix: str
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
 class _Look:
-    """What was there when the save began: what the commit may replace."""
+    """What was there when the save began: what the commit may replace.
 
-    found: Found | None
-    at_s: float
+    It is asked for at once. Who needs to know it before something else is done waits for it then.
+    """
+
+    def __init__(self, portal: Portal, channel: Channel, uri: S3Uri) -> None:
+        self._at_s = time.monotonic()
+        self._portal = portal
+        self._reading = Calls(portal).submit(read, channel, uri)
+
+    def found(self) -> Found | None:
+        """Wait for the answer.
+
+        Raises:
+            S3Exception: the bucket cannot be used.
+        """
+        return self._portal.wait(self._reading)
 
     @property
     def is_recent(self) -> bool:
         """Whether the commit may go by it: the older it is, the likelier another save's came."""
-        return time.monotonic() - self.at_s < _RECENT_S
+        return time.monotonic() - self._at_s < _RECENT_S
 
 
 class S3StorageWriter(FileSystemWriter):
@@ -161,11 +175,12 @@ class S3StorageWriter(FileSystemWriter):
         return staged
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Look whether there is a checkpoint already, before anything is written.
+        """Look whether there is a checkpoint already. Nothing is written before that is known.
 
         Raises:
             CheckpointExistsError: there is one, and `overwrite=False`.
-            S3Exception: the bucket cannot be used.
+            S3Exception: the bucket cannot be used. With `overwrite=True` that is raised later: by
+                `write_data`, or by `prepare_global_plan` where other ranks are to hear of it.
         """
         with self.recording.during("plan"):
             return self._prepared(plan)
@@ -175,8 +190,8 @@ class S3StorageWriter(FileSystemWriter):
         if self._is_coordinator or alone:
             uri = self._metadata_uri()
             portal, channel = self.fs.client.connect(self.recording.tally)
-            self._look = _Look(portal.call(read, channel, uri), time.monotonic())
-            if not self.overwrite and self._look.found is not None:
+            self._look = _Look(portal, channel, uri)
+            if not self.overwrite and self._look.found() is not None:
                 raise already_exists(uri)
             if alone and self._exists(self._metadata_uri(alone=False)):
                 _log.warning(
@@ -191,7 +206,13 @@ class S3StorageWriter(FileSystemWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Give every rank the prefix of its objects' names."""
+        """Give every rank the prefix of its objects' names.
+
+        Raises:
+            S3Exception: the bucket cannot be used.
+        """
+        if self._look is not None and len(plans) > 1:
+            self._look.found()  # which fails all ranks, before any of them writes
         return [
             plan
             if isinstance(plan.storage_data, StorageMetadata) and not self.use_collectives
@@ -227,7 +248,10 @@ class S3StorageWriter(FileSystemWriter):
             files.append((S3Uri(base.bucket, key), name, items))
         portal, channel = self.fs.client.connect(self.recording.tally)
         config, meter = self.fs.client.s3client_config, self.recording.meter
-        saved = SavedItems(portal, channel, config, planner, self.transforms, meter).write(files)
+        # Alone, the answer is on its way while uploads begin.
+        ready = self._look.found if self._look is not None else lambda: None
+        saving = SavedItems(portal, channel, config, planner, self.transforms, meter)
+        saved = saving.write(files, ready)
         # Objects without items are named as well: what is not named outlives its checkpoint.
         return saved + [
             WriteResult(MetadataIndex(name), 0, _StorageInfo(name, 0, 0))
@@ -267,7 +291,7 @@ class S3StorageWriter(FileSystemWriter):
             self._metadata_uri(),
             dump_metadata(metadata),
             overwrite=self.overwrite,
-            looks=[look.found] if look is not None and look.is_recent else [],
+            looks=[look.found()] if look is not None and look.is_recent else [],
             objects=self._uris({info.relative_path for info in metadata.storage_data.values()}),
         )
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import io
 import queue
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -127,6 +127,7 @@ class _File:
 
     Attributes:
         expected_bytes: Roughly its size.
+        is_multipart: Whether the upload has been begun.
         items: Those that are sent from where they lie.
         run: Small items that wait for more to follow them.
         copied: What DCP records of small items.
@@ -138,6 +139,7 @@ class _File:
     upload: Upload
     cutter: PartCutter[_Piece]
     expected_bytes: int
+    is_multipart: bool
     items: list[_Item] = field(default_factory=list)
     run: _Run | None = None
     copied: list[WriteResult] = field(default_factory=list)
@@ -182,11 +184,17 @@ class SavedItems:
         self._files: list[_File] = []
         self._meter.watch(self._under_way)
 
-    def write(self, files: Sequence[tuple[S3Uri, str, Sequence[WriteItem]]]) -> list[WriteResult]:
+    def write(
+        self,
+        files: Sequence[tuple[S3Uri, str, Sequence[WriteItem]]],
+        ready: Callable[[], object] = lambda: None,
+    ) -> list[WriteResult]:
         """Write every file, and return a result for every item.
 
         Args:
             files: For each, its place, its name in the metadata, and its items.
+            ready: Called when uploads have been begun, before the first byte is sent: what it
+                raises ends the save.
 
         Raises:
             S3Exception: something could not be written. Nothing of this plan is left behind.
@@ -195,6 +203,10 @@ class SavedItems:
             with self._pause, self._memory:
                 for uri, name, items in files:
                     self._open(uri, name, items)
+                for file in self._files:
+                    if file.is_multipart:
+                        self._calls.submit(file.upload.begin)
+                ready()
                 self._meter.expect(sum(file.expected_bytes for file in self._files))
                 for file, (_, _, items) in zip(self._files, files, strict=True):
                     for item in items:
@@ -227,7 +239,8 @@ class SavedItems:
             most_bytes=self._budget_bytes // 2,
         )
         expected = estimate + _FRAME_BYTES * len(items)
-        self._files.append(_File(name, Upload(self._channel, uri), PartCutter(size), expected))
+        upload, cutter = Upload(self._channel, uri), PartCutter[_Piece](size)
+        self._files.append(_File(name, upload, cutter, expected, is_multipart=estimate > size))
 
     def _add(self, file: _File, write_item: WriteItem) -> None:
         data = self._planner.resolve_data(write_item)
@@ -385,7 +398,7 @@ class SavedItems:
             self._send_held(file)
         if file.held is not None:
             rest, file.held = file.held, None
-        if not file.sent:
+        if not file.sent and not file.is_multipart:
             moved = Moved()
             self._submit(rest, moved, self._calls.submit(file.upload.put, _views(rest), moved))
         elif rest:

@@ -87,6 +87,10 @@ class Upload:
         self._closed = True
         return crcs
 
+    async def begin(self) -> None:
+        """Ask for the upload's id, if that has not been done: parts need it."""
+        await asyncio.shield(self._started())
+
     async def send(self, number: int, body: Views, moved: Moved | None = None) -> list[int]:
         """Send part `number` (from 1 on); return the item CRC of each view.
 

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from s3dcp._calls import Call
 from s3dcp._collector import dismantle
 from s3dcp._commit import Found, data_name, deletions, metadata_name
 from s3dcp._config import S3ClientConfig
@@ -31,6 +32,7 @@ from s3dcp._errors import (
 from s3dcp._filesystem import S3FileSystem
 from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
 from s3dcp._metadata import dump_metadata, load_metadata
+from s3dcp._portal import Calls
 from s3dcp._prefixes import DefaultPrefixStrategy, S3PrefixStrategyBase
 from s3dcp._progress import ProgressCallback
 from s3dcp._publish import Look, already_exists, delete_quietly, exists, look, publish
@@ -105,7 +107,7 @@ class S3StorageWriter(FileSystemWriter):
         self._is_coordinator = True
         self._audience = Audience(progress, on_report)
         self._staged: Recording | None = None
-        self._look: Look | None = None
+        self._look: Call[Look] | None = None  # what the commit may replace
         self.recording = self._new_recording()
 
     @property
@@ -145,11 +147,12 @@ class S3StorageWriter(FileSystemWriter):
         return staged
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Look whether there is a checkpoint already, before anything is written.
+        """Look whether there is a checkpoint already. Nothing is written before that is known.
 
         Raises:
             CheckpointExistsError: there is one, and `overwrite=False`.
-            S3Exception: the bucket cannot be used.
+            S3Exception: the bucket cannot be used. With `overwrite=True` that is raised later: by
+                `write_data`, or by `prepare_global_plan` where other ranks are to hear of it.
         """
         with self.recording.during("plan"):
             return self._prepared(plan)
@@ -159,8 +162,8 @@ class S3StorageWriter(FileSystemWriter):
         if self._is_coordinator or alone:
             uri = self._metadata_uri()
             portal, channel = self.fs.client.connect(self.recording.tally)
-            self._look = portal.call(look, channel, uri)
-            if not self.overwrite and self._look.found is not None:
+            self._look = Calls(portal).submit(look, channel, uri)
+            if not self.overwrite and portal.wait(self._look).found is not None:
                 raise already_exists(uri)
             if alone and self._exists(self._metadata_uri(alone=False)):
                 _log.warning(
@@ -175,7 +178,13 @@ class S3StorageWriter(FileSystemWriter):
         return plan
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Give every rank the prefix of its objects' names."""
+        """Give every rank the prefix of its objects' names.
+
+        Raises:
+            S3Exception: the bucket cannot be used.
+        """
+        if len(plans) > 1:
+            self._looked()  # which fails all ranks, before any of them writes
         return [
             plan
             if isinstance(plan.storage_data, StorageMetadata) and not self.use_collectives
@@ -211,7 +220,9 @@ class S3StorageWriter(FileSystemWriter):
             files.append((S3Uri(base.bucket, key), name, items))
         portal, channel = self.fs.client.connect(self.recording.tally)
         config, meter = self.fs.client.s3client_config, self.recording.meter
-        saved = SavedItems(portal, channel, config, planner, self.transforms, meter).write(files)
+        # Alone, the answer is on its way while uploads begin.
+        saving = SavedItems(portal, channel, config, planner, self.transforms, meter)
+        saved = saving.write(files, ready=self._looked)
         # Objects without items are named as well: what is not named outlives its checkpoint.
         return saved + [
             WriteResult(MetadataIndex(name), 0, _StorageInfo(name, 0, 0))
@@ -244,7 +255,7 @@ class S3StorageWriter(FileSystemWriter):
         metadata.storage_meta = self.storage_meta()
         check_complete(metadata)
         portal, channel = self.fs.client.connect(self.recording.tally)
-        before, self._look = self._look, None
+        before, self._look = self._looked(), None
         return portal.call(
             publish,
             channel,
@@ -259,6 +270,10 @@ class S3StorageWriter(FileSystemWriter):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Return whether this is the URI of a place in S3."""
         return S3FileSystem.validate_checkpoint_id(checkpoint_id)
+
+    def _looked(self) -> Look | None:
+        """Wait for what was there when the save began; None on ranks that do not ask."""
+        return None if self._look is None else self.fs.client.connect()[0].wait(self._look)
 
     def _new_recording(self) -> Recording:
         return Recording("save", str(self.path), self._audience)

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from s3dcp._calls import Call
 from s3dcp._constructors import (
     DCPOptimizedConstructor,
     DCPS3ReaderConstructorProtocol,
@@ -894,13 +895,13 @@ def test_a_second_close_waits_for_the_first(monkeypatch: pytest.MonkeyPatch) -> 
 
     sink = Slow()
     writer = S3Writer(sink)
-    wait = writer._settled.exception
+    wait = Call.wait
 
-    def spy() -> BaseException | None:
+    def spy(call: Call[None], timeout_s: float | None = None) -> bool:
         waiting.set()
-        return wait()
+        return wait(call, timeout_s)
 
-    monkeypatch.setattr(writer._settled, "exception", spy)
+    monkeypatch.setattr(Call, "wait", spy)
     seen: list[list[str]] = []
 
     def second() -> None:

@@ -100,10 +100,10 @@ async def _leave(uploads: Sequence[Upload], target: Bucket, cause: BaseException
     await wait_all([upload.abort for upload in uploads if upload not in kept])
     if kept:
         _log.warning(
-            "%d unfinished uploads below %s are kept: the same copy goes on with them, and "
+            "unfinished uploads below %s are kept (%d): the same copy goes on with them, and "
             "`s3dcp abort-uploads` removes them",
-            len(kept),
             target,
+            len(kept),
         )
 
 

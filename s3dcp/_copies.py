@@ -174,7 +174,8 @@ def part_bytes_of(
         wanted_bytes: The size that its parts would be given now.
         most_bytes: What they must not be larger than.
     """
-    if found.composite:
+    numbers = {part.number for part in found.parts}
+    if found.composite or len(numbers) < len(found.parts) or min(numbers, default=1) < 1:
         return None
     largest = max((part.size_bytes for part in found.parts), default=wanted_bytes)
     for size in (wanted_bytes, largest):

@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from functools import partial
 
 from s3dcp._checksums import combine, crcs_of, is_known
-from s3dcp._config import ChecksumName
 from s3dcp._copies import Checks, part_bytes_of
 from s3dcp._errors import (
     CheckpointChangedError,
@@ -36,7 +35,7 @@ from s3dcp._errors import (
 )
 from s3dcp._flow import Channel, wait_all
 from s3dcp._keys import S3Uri
-from s3dcp._movers import READ_BYTES, Cargo, Queue, Room, changed, fill, to_its_end
+from s3dcp._movers import READ_BYTES, Cargo, Queue, Room, changed, fill
 from s3dcp._places import Bucket, Folder, version_of
 from s3dcp._portal import offload
 from s3dcp._ranges import cut, upload_part_bytes
@@ -101,10 +100,10 @@ async def _leave(uploads: Sequence[Upload], target: Bucket, cause: BaseException
     await wait_all([upload.abort for upload in uploads if upload not in kept])
     if kept:
         _log.warning(
-            "%d unfinished uploads below %s are kept: the same copy goes on with them, and "
+            "unfinished uploads below %s are kept (%d): the same copy goes on with them, and "
             "`s3dcp abort-uploads` removes them",
-            len(kept),
             target,
+            len(kept),
         )
 
 
@@ -168,7 +167,7 @@ class _Outgoing:
             part_bytes = part_bytes_of(found, self._info.size_bytes, self.part_bytes, most_bytes)
             if part_bytes is None or not (algorithm is None or is_known(algorithm)):
                 continue
-            if await to_its_end(self._holds, found.parts, part_bytes, algorithm):
+            if await self._holds(found.parts, part_bytes):
                 self.part_bytes = part_bytes
                 self._held = frozenset(part.number for part in found.parts)
                 self.is_open = True
@@ -178,14 +177,15 @@ class _Outgoing:
             self._checks.forget()
         return 0
 
-    def _holds(
-        self, parts: Iterable[Part], part_bytes: int, algorithm: ChecksumName | None
-    ) -> bool:
+    async def _holds(self, parts: Iterable[Part], part_bytes: int) -> bool:
         """Return whether these parts are this file's own."""
-        return all(self._is_own(part, part_bytes, algorithm) for part in parts)
+        for part in parts:  # one at a time, so that an interrupt does not wait for all
+            if not await offload(self._is_own, part, (part.number - 1) * part_bytes):
+                return False
+        return True
 
-    def _is_own(self, part: Part, part_bytes: int, algorithm: ChecksumName | None) -> bool:
-        start = (part.number - 1) * part_bytes
+    def _is_own(self, part: Part, start: int) -> bool:
+        algorithm = part.checksum.algorithm if part.checksum else None
         buffer = memoryview(bytearray(min(READ_BYTES, part.size_bytes)))
         md5 = hashlib.md5(usedforsecurity=False)
         pieces = []

@@ -131,6 +131,7 @@ class TestPartBytes:
             pytest.param({1: 4}, None, id="too small for S3"),
             pytest.param({1: 8, 2: 5}, None, id="of different sizes"),
             pytest.param({4: 8}, None, id="beyond the end"),
+            pytest.param({0: 8}, None, id="before the beginning"),
             pytest.param({1: 8, 3: 5}, None, id="a last one that is too long"),
         ],
     )

@@ -27,7 +27,7 @@ from s3dcp._keys import S3Uri
 from s3dcp._layouts import parse_header
 from s3dcp._metadata import _CRCS, ItemCrcs, annotate, crcs_of, load_metadata
 from s3dcp._ranges import Fragment, PartCutter, Want, coalesce, cut, even_ranges
-from s3dcp._store import Checksum, ObjectInfo, Part, Receipt, Scatter
+from s3dcp._store import Checksum, ObjectInfo, Part, PartList, Receipt, Scatter
 from s3dcp._torch_internals import _StorageInfo
 from tests._scripted import HANG_UP, Request, Scripted
 from tests.test_layouts import check_within
@@ -422,6 +422,16 @@ UPLOADS = [
         "<UploadId>u</UploadId></InitiateMultipartUploadResult>",
     ),
 ]
+PARTS = [
+    xml(
+        "200 OK",
+        "<ListPartsResult><Bucket>bucket</Bucket><Key>key</Key><UploadId>u</UploadId>"
+        "<IsTruncated>false</IsTruncated><ChecksumAlgorithm>CRC64NVME</ChecksumAlgorithm>"
+        '<ChecksumType>FULL_OBJECT</ChecksumType><Part><PartNumber>2</PartNumber><ETag>"e"</ETag>'
+        "<Size>5</Size><ChecksumCRC64NVME>AAAAAAAAAAE=</ChecksumCRC64NVME></Part>"
+        "</ListPartsResult>",
+    ),
+]
 COMPLETIONS = [
     xml(
         "200 OK",
@@ -522,6 +532,18 @@ def test_listings(client: Client, answer: bytes) -> None:
 
 
 @unclosed
+@given(changed([*PARTS, *PARTS, *ERRORS], HTTP_TOKENS))
+def test_lists_of_parts(client: Client, answer: bytes) -> None:
+    async def parts(store: S3Store) -> PartList:
+        return await store.list_parts(URI, "u")
+
+    found = client.ask(answer, parts)
+    if isinstance(found, PartList):
+        for part in found.parts:
+            assert part.checksum is None or part.checksum.value < 1 << 64
+
+
+@unclosed
 @given(changed([*UPLOADS, *ERRORS], HTTP_TOKENS))
 def test_new_uploads(client: Client, answer: bytes) -> None:
     async def create(store: S3Store) -> str:
@@ -568,6 +590,9 @@ def test_the_answers_are_valid_before_they_are_changed(client: Client) -> None:
     async def entries(store: S3Store) -> list[str]:
         return [entry.key async for entry in store.list(URI)]
 
+    async def list_parts(store: S3Store) -> PartList:
+        return await store.list_parts(URI, "u")
+
     async def create(store: S3Store) -> str:
         return await store.create_upload(URI, checksum=None)
 
@@ -576,6 +601,9 @@ def test_the_answers_are_valid_before_they_are_changed(client: Client) -> None:
         assert isinstance(found, ObjectInfo)
         assert (found.size_bytes, bytes(memory)) == (300, BODY[50:250])
     assert client.ask(LISTINGS[0], entries) == ["a/", "a b"]
+    part = Part(number=2, size_bytes=5, etag='"e"', checksum=Checksum("CRC64NVME", 1))
+    parts = PartList(algorithm="CRC64NVME", composite=False, parts=(part,))
+    assert client.ask(PARTS[0], list_parts) == parts
     assert client.ask(UPLOADS[0], create) == "u"
     for answer in ERRORS[:3]:
         assert isinstance(client.ask(answer, get_range), S3Exception)

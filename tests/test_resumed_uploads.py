@@ -134,7 +134,7 @@ class TestTheSameCopyAgain:
         self, fake: FakeS3, disk: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
         cut_off(fake, disk)
-        assert "1 unfinished uploads below s3://bkt/copy are kept" in caplog.text
+        assert "unfinished uploads below s3://bkt/copy are kept (1)" in caplog.text
         told: list[int] = []
 
         report = copy(disk, COPY, progress=lambda n, _: told.append(n), s3client_config=ONE)

@@ -169,6 +169,8 @@ def run_trials(
     size_bytes = sum(tensor.nbytes for tensor in state.values())
     total_bytes = 2 * size_bytes * repeats * len(settings)
     trials: list[Trial] = []
+    # Whom the store does not let look there could not remove it again.
+    S3Client(region, settings[0]).call(list_all, folder_of(folder))
     with _removed(folder, region, settings[0]):
         progress(0, total_bytes)
         for config in settings:

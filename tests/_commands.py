@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from click.testing import CliRunner, Result
 
+from s3dcp.__main__ import main
 from s3dcp._cli import cli
 
 if TYPE_CHECKING:
@@ -48,3 +49,14 @@ def own_terminal() -> None:
     """In a child: make its standard input the terminal whose Ctrl-C it gets."""
     os.setsid()
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
+
+def command(arguments: tuple[str, ...], tty: str | None) -> None:
+    """In a child: be the program, on a terminal of its own if there is one."""
+    if tty is not None:
+        standard = os.open(tty, os.O_RDWR)
+        for number in range(3):
+            os.dup2(standard, number)
+        own_terminal()
+    sys.argv = ["s3dcp", *arguments]
+    main()

@@ -32,7 +32,10 @@ _GO = signal.SIGUSR1
 # Of torch, and of Python 3.12 for a fork beside threads, which some children are about.
 _EXPECTED = ["torch.distributed is :UserWarning", "This process :DeprecationWarning"]
 _WARNINGS = ["-W", "error", *(part for text in _EXPECTED for part in ("-W", f"ignore:{text}"))]
-_PRELOADED = ["pytest", "numpy", "uvloop", "s3dcp._client", "s3dcp.testing", "tests._states"]
+_PRELOADED = [
+    *("pytest", "numpy", "uvloop", "s3dcp._client", "s3dcp.testing", "tests._states"),
+    "tests._commands",
+]
 
 
 def fork_server() -> ForkServerContext:

@@ -12,10 +12,13 @@ import threading
 import weakref
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
+import botocore
 import pytest
 import uvloop
+from botocore.loaders import JSONFileLoader
 
 from s3dcp import (
     BucketNotFoundError,
@@ -28,6 +31,7 @@ from s3dcp import (
     S3Exception,
     S3ProtocolError,
     ServerError,
+    _client,
 )
 from s3dcp._portal import portal
 from tests._scripted import (
@@ -161,6 +165,23 @@ def test_a_bucket_to_list_is_no_path() -> None:
             await anext(S3Client("us-east-1").list_objects("bucket/a"))
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    "name", ["partitions", "s3/2006-03-01/service-2", "s3/2006-03-01/paginators-1", "no-such"]
+)
+def test_models_are_what_botocore_reads_itself(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    made: list[object] = []
+
+    def noted(pairs: list[tuple[str, Any]], ordered: Any = _client._ordered) -> Any:
+        made.append(found := ordered(pairs))
+        return found
+
+    monkeypatch.setattr(_client, "_ordered", noted)
+    path = str(Path(botocore.__file__).parent / "data" / name)
+    found = _client._ModelFiles().load_file(path)
+    assert found == JSONFileLoader().load_file(path)
+    assert not found or found is made[-1]  # each object by a call of Python's
 
 
 class TestFromAnywhere:

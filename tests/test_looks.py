@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -22,21 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is :UserWarnin
 
 LARGE: StateDict = {"a": fill((3, MiB)), "b": 1}  # two parts
 SMALL: StateDict = {"a": fill((4,))}
-
-
-@pytest.fixture(scope="module")
-def _fake() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
-@pytest.fixture
-def fake(_fake: FakeS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
-    for name, value in _fake.environ().items():
-        monkeypatch.setenv(name, value)
-    yield _fake
-    _fake.check()
-    _fake.forget()
 
 
 @pytest.fixture

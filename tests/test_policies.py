@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
@@ -28,7 +28,7 @@ from s3dcp._bench import run_trials
 from s3dcp._cli import cli
 from s3dcp._failures import _HINTS
 from s3dcp.testing import FakeS3, internal_error
-from tests._fakes import addressed, unwrapped
+from tests._fakes import unwrapped
 from tests._pages import all_blocks, rows_of
 
 if TYPE_CHECKING:
@@ -270,23 +270,16 @@ CALLS: dict[str, Callable[[World], None]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def _fake() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
 @pytest.fixture
-def world(_fake: FakeS3, tmp_path: Path) -> Iterator[World]:
-    with addressed(_fake) as server:
-        server.create_bucket(BUCKET)
-        for name in ("step-1", "step-2"):
-            _save(SMALL, name)
-        _save(LARGE, "large")
-        writer = s3dcp.S3HuggingFaceStorageWriter(None, f"{RUN}/tuned", CONFIG)
-        dcp.save(dict(SMALL), storage_writer=writer, no_dist=True)
-        server.forget()
-        yield World(server, tmp_path)
+def world(fake: FakeS3, tmp_path: Path) -> World:
+    fake.create_bucket(BUCKET)
+    for name in ("step-1", "step-2"):
+        _save(SMALL, name)
+    _save(LARGE, "large")
+    writer = s3dcp.S3HuggingFaceStorageWriter(None, f"{RUN}/tuned", CONFIG)
+    dcp.save(dict(SMALL), storage_writer=writer, no_dist=True)
+    fake.forget()
+    return World(fake, tmp_path)
 
 
 def _policy() -> dict[str, Any]:

@@ -46,15 +46,9 @@ copy(*sys.argv[1:], s3client_config=S3ClientConfig(
 
 
 @pytest.fixture(scope="module")
-def _server() -> Iterator[FakeS3]:
+def shared_fake() -> Iterator[FakeS3]:
     with FakeS3(limits=Limits(max_keys=2)) as server:  # so that there are pages
         yield server
-
-
-@pytest.fixture
-def fake(_server: FakeS3) -> Iterator[FakeS3]:
-    with addressed(_server):
-        yield _server
 
 
 @pytest.fixture

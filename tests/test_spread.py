@@ -21,7 +21,7 @@ from s3dcp._client import S3Store
 from s3dcp._portal import Portal
 from s3dcp._spread import SpreadStore
 from s3dcp.testing import Cut, Drop, FakeS3, Fault, FlipByte, Stall
-from tests._fakes import addressed, uri_of
+from tests._fakes import uri_of
 from tests._states import assert_same, blank
 
 MiB = 1 << 20
@@ -36,7 +36,7 @@ def authority() -> trustme.CA:
 
 
 @pytest.fixture(scope="module")
-def _fake(authority: trustme.CA) -> Iterator[FakeS3]:
+def shared_fake(authority: trustme.CA) -> Iterator[FakeS3]:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     authority.issue_cert("127.0.0.1").configure_cert(context)
     with FakeS3(ssl_context=context) as server:
@@ -45,13 +45,12 @@ def _fake(authority: trustme.CA) -> Iterator[FakeS3]:
 
 @pytest.fixture
 def fake(
-    _fake: FakeS3, authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[FakeS3]:
+    fake: FakeS3, authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> FakeS3:
     authority.cert_pem.write_to_path(str(tmp_path / "ca.pem"))
     monkeypatch.setenv("AWS_CA_BUNDLE", str(tmp_path / "ca.pem"))
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    with addressed(_fake):
-        yield _fake
+    return fake
 
 
 @pytest.fixture

@@ -14,13 +14,12 @@ import torch
 import s3dcp
 from s3dcp import S3ClientConfig
 from s3dcp.testing import Call, Drop, FakeS3, Fault, Record, Stall
-from tests._catalogs import BUCKET, put_checkpoint, put_data
+from tests._catalogs import put_checkpoint, put_data
 from tests._commands import LIMIT_S, command, run, terminal
+from tests._fakes import BUCKET
 from tests._forked import Zygote
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from tests._forked import Child
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -28,28 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:Us
 RUN = f"s3://{BUCKET}/run"
 _COLUMNS = 80
 SMALL = ("--size", "64KiB", "--tensors", "3", "--repeats", "1")
-
-
-@pytest.fixture(scope="module")
-def _fake() -> Iterator[FakeS3]:
-    with FakeS3() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    with Zygote() as started:
-        yield started
-
-
-@pytest.fixture
-def fake(_fake: FakeS3, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeS3]:
-    for name, value in _fake.environ().items():
-        monkeypatch.setenv(name, value)
-    _fake.forget()
-    _fake.create_bucket(BUCKET)
-    yield _fake
-    _fake._on_loop(_fake._s3.buckets.clear)
 
 
 def on_terminal(zygote: Zygote, *arguments: str) -> tuple[int, str]:
@@ -231,3 +208,4 @@ def test_what_is_wrong_is_one_line(
     assert says in error
     assert all(line.startswith(("Usage:", "Try ")) or not line for line in usage)
     assert not usage or wrong == "no URI"
+    fake.forget()  # signatures that were meant to be wrong

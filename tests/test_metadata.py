@@ -132,7 +132,7 @@ def test_equal_sizes_and_properties_are_stored_once(read: Callable[[bytes], Meta
 
 def test_what_equals_a_size_is_not_taken_for_one() -> None:
     metadata = sample()
-    metadata.state_dict_metadata["t0"].size = (2, 3)  # type: ignore[union-attr, assignment]
+    metadata.state_dict_metadata["t0"].size = (2, 3)  # type: ignore[union-attr]
     metadata.state_dict_metadata["other"] = sample().state_dict_metadata["t0"]
     loaded = pickle.loads(dump_metadata(metadata))
     assert type(loaded.state_dict_metadata["t0"].size) is tuple

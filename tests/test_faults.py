@@ -434,7 +434,9 @@ def test_a_resolver_that_hangs_is_its_own_clients_alone(
     with ThreadPoolExecutor(len(hosts)) as threads:
         config = replace(CONFIG, max_attempts=1)
         lost = [
-            threads.submit(outcome, partial(save, SMALL, "lost", replace(config, endpoint_url=host)))
+            threads.submit(
+                outcome, partial(save, SMALL, "lost", replace(config, endpoint_url=host))
+            )
             for host in hosts
         ]
         try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import faulthandler
+import gc
 import multiprocessing
 import os
 import pickle
@@ -10,6 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -47,6 +50,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is :UserWarning")
 
 CONFIG = S3ClientConfig(part_size=5 * MiB, conditional_writes=True)
+FORKS = 50
 OLD, NEW, CHILD = uri_of("old"), uri_of("new"), uri_of("child")
 
 
@@ -135,6 +139,41 @@ def test_many_forks_beside_requests_end_as_processes_do(fake: FakeS3) -> None:
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "{0: 10}\n")
+
+
+def fork_beside_saves() -> None:
+    stopped, saved = threading.Event(), threading.Semaphore(0)
+
+    def saves() -> None:
+        while not stopped.is_set():
+            save(NEW, 1)
+            saved.release()
+
+    faulthandler.cancel_dump_traceback_later()  # forks would wait for its thread when they end
+    gc.freeze()  # so that they need not look at all of it then
+    saving = threading.Thread(target=saves)
+    saving.start()
+    saved.acquire()
+    children = []
+    for number in range(FORKS):
+        if not (pid := os.fork()):
+            if number % 10:
+                os._exit(0)  # as the children of multiprocessing end
+            sys.exit(0)  # as the interpreter does, which takes torch half a second
+        children.append(pid)
+    ends = Counter(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children)
+    saved.acquire()
+    stopped.set()
+    saving.join()
+    say(str(dict(ends)))
+
+
+def test_many_forks_beside_saves_end_as_processes_do(fake: FakeS3, zygote: Zygote) -> None:
+    """Whatever the save is at: its commit, its uploads, its checksums, torch's own work."""
+    child = zygote.start(fork_beside_saves)
+    assert child.end() == (0, f"{{0: {FORKS}}}\n")
+    check(NEW, 1)
+    assert fake.uploads(BUCKET) == {}
 
 
 # Spawns, and what DCP pickles to get there.

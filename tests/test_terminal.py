@@ -18,8 +18,11 @@ from tests._catalogs import put_checkpoint, put_data
 from tests._commands import LIMIT_S, command, run, terminal
 from tests._fakes import BUCKET
 from tests._forked import Zygote
+from tests._servers import use
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from tests._forked import Child
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
@@ -189,11 +192,20 @@ WRONG = {
 }
 
 
+@pytest.fixture(scope="module")
+def deceived() -> Iterator[FakeS3]:
+    """A server of its own: wrong signatures, which it takes note of, may come after a test."""
+    with FakeS3() as server:
+        server.create_bucket(BUCKET)
+        yield server
+
+
 @pytest.mark.parametrize("wrong", WRONG)
 @pytest.mark.parametrize("name", [*COMMANDS, "cp"])
 def test_what_is_wrong_is_one_line(
-    fake: FakeS3, monkeypatch: pytest.MonkeyPatch, name: str, wrong: str
+    deceived: FakeS3, monkeypatch: pytest.MonkeyPatch, name: str, wrong: str
 ) -> None:
+    use(deceived, monkeypatch)
     monkeypatch.setattr("s3dcp._options.S3ClientConfig", partial(S3ClientConfig, max_attempts=1))
     arguments, environ, says = WRONG[wrong]
     for variable, value in environ.items():
@@ -208,4 +220,3 @@ def test_what_is_wrong_is_one_line(
     assert says in error
     assert all(line.startswith(("Usage:", "Try ")) or not line for line in usage)
     assert not usage or wrong == "no URI"
-    fake.forget()  # signatures that were meant to be wrong

@@ -120,6 +120,42 @@ class TestInspect:
         assert (other["name"], other["shape"], other["dtype"]) == ("step", None, None)
 
 
+class TestSafetensors:
+    """A checkpoint of safetensors files, beside one of DCP's own."""
+
+    @pytest.fixture(autouse=True)
+    def _saved(self, fake: FakeS3) -> None:
+        writer = s3dcp.S3HuggingFaceStorageWriter(None, f"{RUN}/step-1")
+        dcp.save({"w": torch.ones(300, 7)}, storage_writer=writer, no_dist=True)
+
+    def test_ls_and_inspect(self, fake: FakeS3) -> None:
+        _, row = run("ls", RUN).stdout.splitlines()
+        assert row.split()[2:] == f"safetensors 1 - 1 8.414 KiB {RUN}/step-1 complete".split()
+        _, row = run("inspect", f"{RUN}/step-1").stdout.splitlines()
+        file = "model-00001-of-00001.safetensors"
+        assert row.split() == ["w", "300x7", "float32", "8.203", "KiB", file]
+
+    def test_verify(self, fake: FakeS3) -> None:
+        assert run("verify", f"{RUN}/step-1").stdout.startswith(
+            f"{RUN}/step-1 is whole: 1 objects, 1 items compared with their checksums"
+        )
+        fake.delete(BUCKET, "run/step-1/model-00001-of-00001.safetensors")
+        damaged = run("verify", f"{RUN}/step-1")
+        assert damaged.exit_code == 1
+        assert "names a file that is not there" in damaged.stdout
+
+    def test_where_there_are_both(self, fake: FakeS3) -> None:
+        save("step-1", v=torch.ones(3))
+
+        refused = run("inspect", f"{RUN}/step-1")
+        assert refused.exit_code == 2
+        assert "say which with format= (--format)" in refused.stderr
+        for name, tensor in (("safetensors", "w"), ("dcp", "model.v")):
+            found = run("inspect", f"{RUN}/step-1", "--format", name, "--json").stdout
+            assert tensor in {entry["name"] for entry in json.loads(found)}
+            assert run("verify", f"{RUN}/step-1", "--format", name).exit_code == 0
+
+
 class TestVerify:
     def test_whole(self, fake: FakeS3) -> None:
         save("step-1", w=torch.ones(300))
@@ -213,6 +249,28 @@ class TestGc:
         ]
         assert run("gc", RUN, "--delete").stdout == ""
 
+    def test_json(self, fake: FakeS3) -> None:
+        """Checkpoints are described as by `ls`."""
+        for step in (1, 2):
+            put_checkpoint(fake, f"run/step-{step}/", "__0_0.distcp", days=9 - step)
+        put_data(fake, "run/lost/", "__0_0.distcp")
+        put_data(fake, "run/unread/", ".metadata")
+        listed = {row["uri"]: row for row in json.loads(run("ls", "--json", RUN).stdout)}
+
+        told, done = (
+            run("gc", RUN, "--keep", "1", "--json", *options) for options in ([], ["--delete"])
+        )
+
+        assert (told.exit_code, told.stderr, done.stderr) == (0, "", "")
+        found = json.loads(told.stdout)
+        assert json.loads(done.stdout) == found | {"dry_run": False}
+        assert found["dry_run"] is True
+        assert found["checkpoints"] == [listed[f"{RUN}/step-1"]]
+        assert found["unreadable"] == [listed[f"{RUN}/unread"]]
+        [lost] = found["objects"]
+        assert lost.pop("last_modified").endswith("+00:00")
+        assert lost == {"uri": f"{RUN}/lost/__0_0.distcp", "size_bytes": 10}
+
     @pytest.mark.parametrize(
         ("grace", "found"), [("11h", 1), ("13h", 0), ("0.1d", 1), ("750m", 0), ("43100s", 1)]
     )
@@ -244,6 +302,13 @@ class TestAbortUploads:
         told = run("abort-uploads", RUN, "--grace", "0s")
         assert told.stdout == f"would abort upload s3://{BUCKET}/{key}\n"
         assert fake.uploads(BUCKET)
+
+        found = json.loads(run("abort-uploads", RUN, "--grace", "0s", "--json").stdout)
+        [upload_id] = fake.uploads(BUCKET)
+        [upload] = found["uploads"]
+        assert upload.pop("initiated").endswith("+00:00")
+        assert upload == {"uri": f"s3://{BUCKET}/{key}", "upload_id": upload_id}
+        assert found["dry_run"] is True
 
         done = run("abort-uploads", RUN, "--grace", "0s", "--delete")
 
@@ -534,6 +599,8 @@ class TestBench:
             (["--size", "0"], "'0' is not a size, such as 64MiB or 1.5GiB."),
             (["--part-size", "big"], "'big' is not a size"),
             (["--repeats", "0"], "0 is not in the range"),
+            (["--size", "900TiB"], "GiB are free: make the checkpoint smaller"),
+            (["--tensors", "1000000000"], "GiB are free: make the checkpoint smaller"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else "",
     )

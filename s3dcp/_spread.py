@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from functools import partial
 from operator import attrgetter
 from typing import TypeVar
 
@@ -27,19 +26,10 @@ _SPREAD_BYTES = 1 << 20
 
 @dataclass(slots=True)
 class _Lane:
-    """A loop, its connections, and how many requests it has."""
+    """A loop with connections of its own, and how many requests it has; the caller's by default."""
 
-    portal: Portal
-    store: S3Store
+    other: tuple[Portal, S3Store] | None = None
     requests: int = 0
-
-    async def run(self, send: Callable[[], Awaitable[T]]) -> T:
-        """Await `send()` on the loop, counted."""
-        self.requests += 1
-        try:
-            return await self.portal.run(send)
-        finally:
-            self.requests -= 1
 
 
 class SpreadStore(S3Store):
@@ -48,13 +38,12 @@ class SpreadStore(S3Store):
     Args:
         region: As `S3Store`'s.
         config: As `S3Store`'s; says over how many loops.
-        here: The portal of the loop that opens and uses it.
     """
 
-    def __init__(self, region: str | None, config: S3ClientConfig, here: Portal) -> None:
+    def __init__(self, region: str | None, config: S3ClientConfig) -> None:
         super().__init__(region, config)
         self._settings = (region, config)
-        self._lanes = [_Lane(here, self)]
+        self._lanes = [_Lane()]
 
     async def open(self) -> None:
         """Open the store, and the other loops if requests are encrypted.
@@ -66,22 +55,24 @@ class SpreadStore(S3Store):
         await super().open()
         if self.is_encrypted:
             for _ in range(self._settings[1].loops() - len(self._lanes)):
-                lane = _Lane(Portal(), S3Store(*self._settings))
-                lane.portal.at_close(lane.store.close)
-                self._lanes.append(lane)
+                portal, store = Portal(), S3Store(*self._settings)
+                portal.at_close(store.close)
+                self._lanes.append(_Lane((portal, store)))
 
     async def close(self) -> None:
         """Close the connections, and end the other loops."""
         await super().close()
-        for lane in self._lanes[1:]:
-            await offload(lane.portal.close)
+        for lane in self._lanes:
+            if lane.other is not None:
+                await offload(lane.other[0].close)
 
     async def get_range(
         self, uri: S3Uri, start: int, into: Scatter, *, if_match: str | None = None
     ) -> ObjectInfo:
-        lane = self._lane(into.remaining)
-        get = partial(S3Store.get_range, lane.store, uri, start, into, if_match=if_match)
-        return await lane.run(get)
+        def get(store: S3Store) -> Awaitable[ObjectInfo]:
+            return S3Store.get_range(store, uri, start, into, if_match=if_match)
+
+        return await self._spread(into.remaining, get)
 
     async def put(
         self,
@@ -92,10 +83,13 @@ class SpreadStore(S3Store):
         condition: Condition | None = None,
         moved: Moved | None = None,
     ) -> Receipt:
+        def put(store: S3Store) -> Awaitable[Receipt]:
+            return S3Store.put(
+                store, uri, body, checksum=checksum, condition=condition, moved=moved
+            )
+
         # What becomes of a condition is for this store to know.
-        lane = self._lanes[0] if condition else self._lane(_size(body))
-        put = partial(S3Store.put, lane.store, uri, body)
-        return await lane.run(partial(put, checksum=checksum, condition=condition, moved=moved))
+        return await self._spread(_size(body) if condition is None else 0, put)
 
     async def upload_part(
         self,
@@ -107,15 +101,25 @@ class SpreadStore(S3Store):
         checksum: Checksum | None,
         moved: Moved | None = None,
     ) -> Receipt:
-        lane = self._lane(_size(body))
-        send = partial(S3Store.upload_part, lane.store, uri, upload_id, number, body)
-        return await lane.run(partial(send, checksum=checksum, moved=moved))
+        def send(store: S3Store) -> Awaitable[Receipt]:
+            return S3Store.upload_part(
+                store, uri, upload_id, number, body, checksum=checksum, moved=moved
+            )
 
-    def _lane(self, size_bytes: int) -> _Lane:
-        """Return the lane with the fewest requests, for a body that is worth it."""
-        if size_bytes < _SPREAD_BYTES:
-            return self._lanes[0]
-        return min(self._lanes, key=attrgetter("requests"))
+        return await self._spread(_size(body), send)
+
+    async def _spread(self, size_bytes: int, send: Callable[[S3Store], Awaitable[T]]) -> T:
+        """Send a body where there are the fewest requests, if it is worth going there."""
+        lanes = self._lanes if size_bytes >= _SPREAD_BYTES else self._lanes[:1]
+        lane = min(lanes, key=attrgetter("requests"))
+        lane.requests += 1
+        try:
+            if lane.other is None:
+                return await send(self)
+            portal, store = lane.other
+            return await portal.run(send, store)
+        finally:
+            lane.requests -= 1
 
 
 def _size(body: Views) -> int:

@@ -161,7 +161,7 @@ def test_threads_start_where_there_is_tls_and_end_with_the_portal(
     before = set(threading.enumerate())
     here = Portal()
     own = set(threading.enumerate()) - before
-    store = SpreadStore(None, config, here)
+    store = SpreadStore(None, config)
     here.at_close(store.close)
     here.call(store.open)
     others = set(threading.enumerate()) - before - own

@@ -16,8 +16,10 @@ REMARKS: dict[tuple[str, str], str] = {
         "(0.86 and 1.14), which is a system call for each record of 16 KiB; in batches of 256 "
         "KiB, on workers (0.99 and 1.05) and on the loop's thread, of 1 MiB (0.96 and 0.99). A "
         "load on workers came to 0.79 GiB/s and 1.39 cpu-s/GiB instead of 0.90 and 1.01: each "
-        "record takes the GIL, for which the threads then wait. More threads are for machines "
-        "with cores to spare, where none of this was measured."
+        "record takes the GIL, for which the threads then wait. Two whole loops, each with "
+        "connections of its own, as `S3ClientConfig.loops` has them where there are cores: save "
+        "1.13 and 0.87 where one had 1.26 and 0.72, load 0.91 and 1.24 where one had 0.79 and "
+        "1.06. More threads are for machines with cores to spare, where none of this was measured."
     ),
     ("small", "save: beyond DCP's planning"): (
         "Of the planning thread's time, 0.15 s go into resolving, framing, checking and copying "

@@ -47,7 +47,7 @@ def kept(found: Iterable[CheckpointInfo], newest: int, every: int | None) -> set
 def prune(args: argparse.Namespace) -> None:
     """Remove what is not kept."""
     store = {"region": args.region, "s3client_config": S3_CONFIG}
-    found = s3dcp.list_checkpoints(args.uri, **store)
+    found = [each for each in s3dcp.list_checkpoints(args.uri, **store) if each.format == "dcp"]
     keep = kept(found, args.newest, args.every)
     for each in found:
         facts = {"uri": each.uri, "step": each.step, "bytes": each.size_bytes}
@@ -55,7 +55,7 @@ def prune(args: argparse.Namespace) -> None:
             log("keep", **facts)
             continue
         if args.delete:
-            s3dcp.delete(each.uri, **store)
+            s3dcp.delete(each.uri, format="dcp", **store)
         log("delete", done=args.delete, problem=each.problem, **facts)
 
     # What saves that failed or were killed have left behind: data, and parts of uploads.

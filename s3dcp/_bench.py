@@ -175,7 +175,8 @@ def run_trials(
         progress(0, total_bytes)
         for config in settings:
             small = _made_up(1 << 16, 1)
-            _save_and_load(str(folder), region, config, small, dict(small))
+            for _ in _save_and_load(str(folder), region, config, small, dict(small)):
+                pass
         for _ in range(repeats):
             for config in settings:
                 for trial in _save_and_load(str(folder), region, config, state, target):

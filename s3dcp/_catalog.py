@@ -13,6 +13,7 @@ from functools import partial
 from s3dcp._config import S3ClientConfig
 from s3dcp._downloads import Downloads
 from s3dcp._errors import (
+    AccessDeniedError,
     CheckpointChangedError,
     CorruptMetadataError,
     ObjectNotFoundError,
@@ -147,7 +148,7 @@ def gc(
 ) -> Garbage:
     """Remove what is no longer needed at and below a URI; by default only tell what that is.
 
-    What another library may have written is not touched: of safetensors files, those go whose
+    Safetensors that another library may have written are not touched: of such files, those go whose
     header has the id of a save of ours.
 
     Args:
@@ -312,7 +313,10 @@ async def _ours(channel: Channel, bucket: str, data: Sequence[ObjectInfo]) -> li
         downloads.pin(uri, info.etag)
         try:
             header = await read_header(downloads, uri, info.size_bytes)
-        except (CheckpointChangedError, CorruptMetadataError, ObjectNotFoundError) as exc:
+        except (
+            *(AccessDeniedError, CheckpointChangedError),
+            *(CorruptMetadataError, ObjectNotFoundError),
+        ) as exc:
             _log.info("%s is left alone: %s", uri, exc)
             return False
         return SAVE_ID_KEY in header.extra

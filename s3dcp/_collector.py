@@ -77,17 +77,6 @@ def dismantle(*containers: MutableSequence[Any] | MutableMapping[Any, Any]) -> N
             take()
 
 
-def grow_old() -> None:
-    """Count all objects that there are among the old: for when many were made that will stay.
-
-    Else the next collection of younger ones walks them all, and counts them as a reason to walk
-    the old ones, too.
-    """
-    if not gc.get_freeze_count():  # what somebody keeps frozen is not to be thawed
-        gc.freeze()
-        gc.unfreeze()  # to the old ones, wherever they come from
-
-
 # The pauses in force. Adding and discarding are atomic, so threads need no lock: the last one out
 # lets go, and no order of events leaves the collector held back.
 _in_force: set[CollectorPause] = set()

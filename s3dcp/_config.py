@@ -73,7 +73,8 @@ class S3ClientConfig:
             takes 20 s at the most to tidy up. The default, 5 minutes, outlasts a store's short
             outage, and ends before the other ranks' collectives time out (10 minutes with NCCL),
             so that the error is S3's.
-        max_connections: Connections of this process. Default: from `throughput_target_gbps`, one
+        max_connections: Connections of this process with a request on them; several loops may keep
+            as many again that are idle. Default: from `throughput_target_gbps`, one
             for every 25 MB/s; twice as many where the store takes 10 ms or more to answer.
         memory_budget_bytes: Bytes of host memory that all saves and loads of this process may hold
             in buffers, beyond the tensors; a single item that is larger passes alone. Default: a

@@ -68,7 +68,8 @@ _BY_STATUS: dict[int, type[S3ServiceError]] = {
 _HINTS: dict[type[S3Exception], str] = {
     errors.AccessDeniedError: (
         "check the policy of these credentials (s3:GetObject, s3:PutObject, s3:ListBucket, "
-        "s3:DeleteObject, s3:AbortMultipartUpload; s3:ListBucketMultipartUploads to abort uploads; "
+        "s3:DeleteObject, s3:AbortMultipartUpload; s3:ListBucketMultipartUploads and "
+        "s3:ListMultipartUploadParts to abort uploads, and to go on with a copy's; "
         "kms:GenerateDataKey and kms:Decrypt where a KMS key encrypts); without s3:ListBucket a "
         "missing key is answered like this too"
     ),

@@ -21,7 +21,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
 
-from s3dcp._formats import DCP, FORMATS, SAFETENSORS, SHARDED_FOLDER, Format, FormatName, is_commit
+from s3dcp._formats import (
+    DCP,
+    FORMATS,
+    MANIFEST_NAME,
+    SAFETENSORS,
+    SHARDED_FOLDER,
+    Format,
+    FormatName,
+    is_commit,
+)
 from s3dcp._keys import S3Uri
 from s3dcp._store import ObjectInfo
 
@@ -240,11 +249,25 @@ def doomed(
 
 
 def shards_of(full: Iterable[Checkpoint], checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
-    """Return the checkpoints of shards that full ones were made of."""
-    folders = {f"{each.folder.key}{SHARDED_FOLDER}/" for each in full if each.format is SAFETENSORS}
+    """Return the checkpoints of shards that full ones were made of: ours, and none newer."""
+    made = {
+        f"{each.folder.key}{SHARDED_FOLDER}/": committed(each.commits)
+        for each in full
+        if each.format is SAFETENSORS
+    }
     return [
-        each for each in checkpoints if each.format is SAFETENSORS and each.folder.key in folders
+        each
+        for each in checkpoints
+        if each.format is SAFETENSORS
+        and each.folder.key in made
+        and each.contents.ours
+        and all(info.key.endswith(f"/{MANIFEST_NAME}") for info in each.commits)
+        and _is_before(committed(each.commits), made[each.folder.key])
     ]
+
+
+def _is_before(shards: datetime | None, full: datetime | None) -> bool:
+    return shards is not None and full is not None and shards <= full
 
 
 def _may_grow(commits: Iterable[ObjectInfo], before: datetime) -> bool:

@@ -152,6 +152,7 @@ class LoadedItems:
                         self._finish(item, memoryview(b""))
                 dismantle(spans, wanted)
         except BaseException:
+            self._meter.watch(int)  # it outlives this, and with it the targets
             self._calls.cancel()
             raise
 

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from s3dcp._checksums import crc_of
-from s3dcp._collector import CollectorPause, grow_old
+from s3dcp._collector import CollectorPause
 from s3dcp._errors import CorruptMetadataError
 from s3dcp._opcodes import check_opcodes
 from s3dcp._torch_internals import LegacyTensorProperties, _StorageInfo
@@ -217,7 +217,6 @@ def load_metadata(
             raise CorruptMetadataError(
                 f"{source} is incomplete ({exc}): load an older checkpoint"
             ) from exc
-        grow_old()  # for as long as the load takes
     return metadata
 
 

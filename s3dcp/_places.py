@@ -103,7 +103,7 @@ class Bucket:
         self.uri(name)
 
     def no_checkpoint(self) -> CheckpointNotFoundError:
-        return no_checkpoint(self.folder)
+        return no_checkpoint(self.folder, ".metadata, and a copy is of DCP's own checkpoints")
 
     async def commits(self) -> tuple[ObjectInfo, ...]:
         return tuple(map(self._named, await commits_in(self.channel, self.folder)))

@@ -1,4 +1,4 @@
-"""Calls into the thread that does all I/O.
+"""Calls into a thread that does I/O.
 
 Rules:
 - A call names a function, not a coroutine object, so that a refused call leaves nothing un-awaited.

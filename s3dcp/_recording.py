@@ -28,7 +28,8 @@ from s3dcp._tally import Tally
 
 _log = logging.getLogger("s3dcp.reports")
 
-#: What is told of reports, on the thread that saved or loaded; what it raises is logged.
+#: What is told of reports, on the thread that saved or loaded; or, of what DCP gave up without a word,
+#: on the next one that does. What it raises is logged.
 ReportCallback = Callable[[Report], object]
 
 
@@ -175,7 +176,7 @@ _begun: dict[Recording, weakref.ref[object]] = {}
 def _end_left(is_left: Callable[[object], bool] = lambda _: True) -> None:
     """End recordings whose owners satisfy `is_left`; an owner that is gone is None."""
     for recording, owner in list(_begun.items()):
-        if is_left(owner()):
+        if is_left(owner()) and _begun.pop(recording, None) is not None:  # nobody else ends it
             recording._end("unknown")  # noqa: SLF001 - that is this module's
 
 

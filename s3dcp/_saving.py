@@ -206,7 +206,8 @@ class SavedItems:
                 for file in self._files:
                     if file.is_multipart:
                         self._calls.submit(file.upload.begin)
-                ready()
+                with self._pause.lifted():
+                    ready()
                 self._meter.expect(sum(file.expected_bytes for file in self._files))
                 for file, (_, _, items) in zip(self._files, files, strict=True):
                     for item in items:
@@ -218,6 +219,7 @@ class SavedItems:
                 results += [item.result() for file in self._files for item in file.items]
             self._complete()
         except BaseException:
+            self._meter.watch(int)  # it outlives this, and with it the tensors
             self._calls.abandon(self._drop)
             raise
         expected = sum(len(items) for _, _, items in files)

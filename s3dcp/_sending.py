@@ -247,6 +247,7 @@ class _Outgoing:
         except S3ServiceError as exc:
             if exc.status == _BAD_REQUEST:
                 await self.upload.abort()  # its parts are of no use, to another run neither
+                self.is_open = False
             raise
         self.is_open = False
 

@@ -2,11 +2,13 @@
 
 Ciphers are the loop thread's work, and the one part of it that needs no GIL. So the bodies of large
 requests, and nothing else, may be spread over loops on threads of their own, each with connections
-of its own. The engine is none the wiser: it makes, retries and counts every request on its loop.
+of its own, and credentials that it finds by itself. The engine is none the wiser: it makes, retries
+and counts every request on its loop.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from operator import attrgetter
@@ -14,11 +16,14 @@ from typing import TypeVar
 
 from s3dcp._client import S3Store
 from s3dcp._config import S3ClientConfig
+from s3dcp._errors import PortalError
 from s3dcp._keys import S3Uri
 from s3dcp._portal import Portal, offload
 from s3dcp._store import Checksum, Condition, Moved, ObjectInfo, Receipt, Scatter, Views
 
 T = TypeVar("T")
+
+_log = logging.getLogger("s3dcp.client")
 
 # Of what is smaller, going over to another thread and back takes longer than the ciphers do.
 _SPREAD_BYTES = 1 << 20
@@ -46,25 +51,29 @@ class SpreadStore(S3Store):
         self._lanes = [_Lane()]
 
     async def open(self) -> None:
-        """Open the store, and the other loops if requests are encrypted.
+        """Open the store, and the other loops if requests are encrypted, as far as they start.
 
         Raises:
-            PortalError: there is no thread to be had.
             S3ConfigError: a profile or a setting that does not exist or cannot work.
         """
         await super().open()
         if self.is_encrypted:
-            for _ in range(self._settings[1].loops() - len(self._lanes)):
-                portal, store = Portal(), S3Store(*self._settings)
-                portal.at_close(store.close)
-                self._lanes.append(_Lane((portal, store)))
+            try:
+                for _ in range(self._settings[1].loops() - len(self._lanes)):
+                    portal, store = Portal(), S3Store(*self._settings)
+                    portal.at_close(store.close)
+                    self._lanes.append(_Lane((portal, store)))
+            except PortalError as exc:
+                _log.warning("TLS is left to %d loops: %s", len(self._lanes), exc)
 
     async def close(self) -> None:
         """Close the connections, and end the other loops."""
-        await super().close()
-        for lane in self._lanes:
-            if lane.other is not None:
-                await offload(lane.other[0].close)
+        try:
+            await super().close()
+        finally:
+            for lane in self._lanes:
+                if lane.other is not None:
+                    await offload(lane.other[0].close)
 
     async def get_range(
         self, uri: S3Uri, start: int, into: Scatter, *, if_match: str | None = None

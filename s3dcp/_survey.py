@@ -220,13 +220,15 @@ class CommitReader:
         except ObjectNotFoundError:
             return None
         summary.ours = False  # no save of ours calls a file so
-        summary.least_bytes[uri.key] = info.size_bytes
         try:
             header = await read_header(downloads, uri, info.size_bytes)
-        except (CorruptMetadataError, CheckpointChangedError) as exc:
-            summary.damage = str(exc)
+        except ObjectNotFoundError:
+            return None
+        except (AccessDeniedError, CorruptMetadataError, CheckpointChangedError) as exc:
+            summary.damage = str(exc)  # denied: archived, perhaps
         else:
             summary.tensors.update(header.entries)
+        summary.least_bytes[uri.key] = info.size_bytes
         return info
 
 
@@ -290,11 +292,12 @@ def ends_of(metadata: Metadata) -> dict[str, int]:
     return ends
 
 
-def no_checkpoint(folder: S3Uri) -> CheckpointNotFoundError:
+def no_checkpoint(
+    folder: S3Uri, missing: str = f".metadata, nor an {INDEX_NAME}"
+) -> CheckpointNotFoundError:
     """Return the error for a folder without a commit."""
     return CheckpointNotFoundError(
-        f"No checkpoint at {place_of(folder)}: there is no {folder}.metadata, nor an {INDEX_NAME}. "
-        "List what there is",
+        f"No checkpoint at {place_of(folder)}: there is no {folder}{missing}. List what there is",
         bucket=folder.bucket,
         key=folder.key,
     )

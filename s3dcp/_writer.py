@@ -184,7 +184,8 @@ class S3StorageWriter(FileSystemWriter):
             S3Exception: the bucket cannot be used.
         """
         if len(plans) > 1:
-            self._looked()  # which fails all ranks, before any of them writes
+            with self.recording.during("plan"):
+                self._looked()  # which fails all ranks, before any of them writes
         return [
             plan
             if isinstance(plan.storage_data, StorageMetadata) and not self.use_collectives

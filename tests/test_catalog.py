@@ -9,7 +9,16 @@ import pytest
 
 from s3dcp import DefaultPrefixStrategy, HexPrefixStrategy, S3ConfigError, S3PrefixStrategyBase
 from s3dcp._commit import data_name, metadata_name
-from s3dcp._formats import DCP, FORMATS, INDEX_NAME, SAFETENSORS, Format, format_of, is_commit
+from s3dcp._formats import (
+    DCP,
+    FORMATS,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    SAFETENSORS,
+    Format,
+    format_of,
+    is_commit,
+)
 from s3dcp._hf_index import file_name
 from s3dcp._inventory import (
     Checkpoint,
@@ -24,6 +33,7 @@ from s3dcp._inventory import (
     place_of,
     problem_of,
     rank_of,
+    shards_of,
     step_of,
 )
 from s3dcp._keys import S3Uri, parse_s3_uri
@@ -58,10 +68,11 @@ def checkpoint(
 
 def safetensors(folder: str, *names: str, days_old: float = 2, ours: bool = True) -> Checkpoint:
     found = checkpoint(folder, *names, days_old=days_old)
+    commit = MANIFEST_NAME if folder.endswith("/sharded/") and ours else INDEX_NAME
     return replace(
         found,
         format=SAFETENSORS,
-        commits=(listed(f"{folder}{INDEX_NAME}", days_old=days_old),),
+        commits=(listed(f"{folder}{commit}", days_old=days_old),),
         contents=replace(found.contents, ours=ours),
     )
 
@@ -396,6 +407,10 @@ class TestDoomed:
         assert self.keys(1, *found) == ["2/", "3/"]
         assert self.keys(2, *found) == ["3/"]
 
+    def test_what_others_call_shards_is_a_checkpoint(self) -> None:
+        full, theirs = safetensors("1/"), safetensors("1/sharded/", ours=False)
+        assert shards_of([full], [full, theirs]) == []
+
     def test_shards_come_and_go_with_the_full_files(self) -> None:
         found = [
             each
@@ -410,6 +425,9 @@ class TestDoomed:
         # Of which none were made yet, they are a checkpoint of their own.
         del found[2]
         assert self.keys(2, *found) == ["2/", "2/sharded/"]
+        # Nor were those that are newer.
+        found[0] = safetensors("0/", days_old=4)
+        assert "0/sharded/" not in self.keys(1, *found)
         # Another format's folder above them is none of theirs.
         found[0] = checkpoint("0/")
         assert self.keys(2, *found) == ["2/", "2/sharded/"]

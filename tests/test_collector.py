@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from s3dcp._collector import _NEVER, CollectorPause, _in_force, dismantle, grow_old
+from s3dcp._collector import _NEVER, CollectorPause, _in_force, dismantle
 
 USUAL = gc.get_threshold()
 HELD_BACK = (USUAL[0], _NEVER, _NEVER)
@@ -76,25 +76,6 @@ def test_new_objects_alone_are_collected_meanwhile(generations: list[int]) -> No
 
     assert meanwhile == {0}
     assert 1 in generations
-
-
-def test_what_grew_old_is_not_walked_with_the_young() -> None:
-    gc.collect()
-    made = [Cycle() for _ in range(10)]
-    assert not any(each is made for each in gc.get_objects(generation=2))
-    grow_old()
-    assert any(each is made for each in gc.get_objects(generation=2))
-    assert not gc.get_freeze_count()
-
-
-def test_what_is_frozen_stays_so() -> None:
-    gc.freeze()
-    try:
-        frozen = gc.get_freeze_count()
-        grow_old()
-        assert gc.get_freeze_count() == frozen > 0
-    finally:
-        gc.unfreeze()
 
 
 def test_what_someone_else_has_set_stays() -> None:

@@ -60,6 +60,7 @@ ACTIONS = {
     "DeleteObject": "s3:DeleteObject",
     "ListObjectsV2": "s3:ListBucket",
     "ListMultipartUploads": "s3:ListBucketMultipartUploads",
+    "ListParts": "s3:ListMultipartUploadParts",
 }
 # Other headers (tags, ACLs, locks, an owner's) may need permissions of their own.
 HEADERS = re.compile(
@@ -185,7 +186,7 @@ def copy_down(world: World) -> None:
 
 
 def copy_up(world: World) -> None:
-    """From a disk, over another, within S3, and in vain."""
+    """From a disk, over another, within S3, in vain, and once more."""
     _save(SMALL, "target")
     world.run("cp", f"{RUN}/large", str(world.folder / "large"))
     world.server.forget()
@@ -193,6 +194,8 @@ def copy_up(world: World) -> None:
     world.run("cp", f"{RUN}/step-1", f"{RUN}/copy")
     up = partial(s3dcp.copy, str(world.folder / "large"), f"{RUN}/cut", s3client_config=CONFIG)
     world.fails(up, "UploadPart")
+    world.fails(up, "CompleteMultipartUpload")
+    up()  # goes on with the parts
 
 
 def bench(world: World) -> None:

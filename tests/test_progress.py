@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import logging
 import os
 import pty
@@ -10,8 +11,10 @@ import re
 import sys
 import termios
 import threading
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +42,7 @@ from s3dcp._progress import Meter
 from s3dcp._recording import Audience, Recording
 from s3dcp._saving import SavedItems
 from s3dcp.testing import Cut, FakeS3, Stall, slow_down
-from tests._fakes import BUCKET, uri_of
+from tests._fakes import BUCKET, unwrapped, uri_of
 from tests._states import MiB, StateDict, assert_same, blank, fill
 from tests._stores import MemoryStore, channel_of
 
@@ -326,6 +329,27 @@ class TestCallback:
         with pytest.raises(ThrottledError):
             s3dcp.save(state(), URI, s3client_config=config, progress=told)
         assert told[-1][0] < told[-1][1]
+
+    @pytest.mark.parametrize("cls", [S3StorageWriter, S3StorageReader])
+    def test_what_failed_lets_go_of_its_tensors(
+        self, fake: FakeS3, cls: type[S3StorageWriter | S3StorageReader]
+    ) -> None:
+        """The writer and the reader keep the meter, for the next report."""
+        s3dcp.save(state(), URI)
+        fake.inject(slow_down(), key="*.distcp", times=None)
+        target = state()
+        tensor = weakref.ref(target["large"])
+        facade = cls(None, URI, S3ClientConfig(max_attempts=1))
+        call = (
+            partial(dcp.save, storage_writer=facade)
+            if isinstance(facade, S3StorageWriter)
+            else partial(dcp.load, storage_reader=facade)
+        )
+        with pytest.raises(ThrottledError), unwrapped():
+            call(target, no_dist=True)
+        del target
+        gc.collect()
+        assert tensor() is None
 
     def test_one_that_raises_costs_no_checkpoint(
         self, fake: FakeS3, caplog: pytest.LogCaptureFixture

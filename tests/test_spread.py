@@ -8,6 +8,7 @@ import ssl
 import threading
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 import trustme
 
 import s3dcp
-from s3dcp import IntegrityError, S3ClientConfig
+from s3dcp import IntegrityError, PortalError, S3ClientConfig, _spread
 from s3dcp._client import S3Store
 from s3dcp._portal import Portal
 from s3dcp._spread import SpreadStore
@@ -169,3 +170,25 @@ def test_threads_start_where_there_is_tls_and_end_with_the_portal(
 
     here.close()
     assert not set(threading.enumerate()) - before
+
+
+def test_it_makes_do_with_the_threads_that_start(
+    fake: FakeS3, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    started: list[Portal] = []
+
+    def scarce() -> Portal:
+        if started:
+            raise PortalError("can't start new thread")
+        started.append(Portal())
+        return started[0]
+
+    monkeypatch.setattr(_spread, "Portal", scarce)
+    target = blank(STATE)
+    # No client has these settings yet.
+    config = replace(FOUR_LOOPS, read_timeout_s=59.0)
+    s3dcp.save(STATE, uri_of("run"), s3client_config=config)
+    s3dcp.load(target, uri_of("run"), s3client_config=config)
+
+    assert_same(target, STATE)
+    assert "TLS is left to 2 loops: can't start new thread" in caplog.messages

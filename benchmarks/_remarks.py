@@ -33,14 +33,14 @@ REMARKS: dict[tuple[str, str], str] = {
         "once: else the next collection walks it, for 0.05 s."
     ),
     ("slow", "load: times faster than the reference"): (
-        "After the metadata, 64 requests of 8 MiB are on the wire at once. The loop takes 1 ms to "
-        "make each of them, the store 30 ms to answer, and the link 0.14 s: 0.27 s at the least. "
+        "After the metadata, 50 requests of 10 MiB are on the wire at once. The loop takes 1 ms to "
+        "make each of them, the store 30 ms to answer, and the link 0.18 s: 0.29 s at the least. "
         "The rest is CPU time, of which client and server take 0.4 s on the two cores."
     ),
     ("slow", "save: times faster than the reference"): (
         "Four requests follow one another, 30 ms each: the look at what is there, beside which the "
         "upload begins; the parts; the upload's completion; the metadata. The loop takes 1 ms to "
-        "make each of 64 parts of 8 MiB, and the link 0.14 s for them: 0.33 s at the least. The "
+        "make each of 50 parts of 11 MiB, and the link 0.19 s for them: 0.36 s at the least. The "
         "rest is CPU time, of which client and server take 0.45 s on the two cores. How finely "
         "the server paces connections does not show: steps of 10, 20 and 40 ms cost it the same."
     ),

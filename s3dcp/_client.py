@@ -16,7 +16,6 @@ import functools
 import gzip
 import json
 import logging
-import math
 import os
 import re
 from collections import OrderedDict
@@ -404,8 +403,7 @@ class S3Store:
                 s3=s3 | ({"addressing_style": "path"} if config.force_path_style else {}),
                 connect_timeout=config.connect_timeout_s,
                 read_timeout=config.read_timeout_s,
-                # The engine's slots are the limit.
-                max_pool_connections=config.connections(math.inf) + 8,
+                max_pool_connections=config.connections() + 8,  # the engine's slots are the limit
                 retries={"total_max_attempts": 1},
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",

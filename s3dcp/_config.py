@@ -19,10 +19,6 @@ EncryptionName = Literal["AES256", "aws:kms", "aws:kms:dsse"]
 # 60 are seen, and a third of a request's time may pass before its first byte. Too many connections
 # cost little, too few cost the link.
 _CONNECTION_BYTES_PER_S = 25_000_000
-# Of a store that takes this long to answer, one connection's speed is what a request waits for, and
-# a save or load of some hundred MiB is over before the link is full: twice as many there.
-_FAR_S = 0.010
-_FAR_CONNECTION_BYTES_PER_S = 12_500_000
 # What one loop thread moves over TLS, at most: its core is busy with ciphers then. With more than a
 # few threads, they would wait for the GIL instead.
 _TLS_LOOP_BYTES_PER_S = 1_250_000_000
@@ -74,8 +70,7 @@ class S3ClientConfig:
             outage, and ends before the other ranks' collectives time out (10 minutes with NCCL),
             so that the error is S3's.
         max_connections: Connections of this process with a request on them; several loops may keep
-            as many again that are idle. Default: from `throughput_target_gbps`, one
-            for every 25 MB/s; twice as many where the store takes 10 ms or more to answer.
+            as many again that are idle. Default: from `throughput_target_gbps`.
         memory_budget_bytes: Bytes of host memory that all saves and loads of this process may hold
             in buffers, beyond the tensors; a single item that is larger passes alone. Default: a
             node's 512 MiB, at most 64 MiB for a process.
@@ -150,17 +145,11 @@ class S3ClientConfig:
                 f"endpoint_url must start with http:// or https://, got {self.endpoint_url!r}"
             )
 
-    def connections(self, latency_s: float = 0.0) -> int:
-        """Connections that this process may hold open.
-
-        Args:
-            latency_s: How long the store takes to answer.
-        """
+    def connections(self) -> int:
+        """Connections that this process may hold open."""
         if self.max_connections is not None:
             return self.max_connections
-        far = latency_s >= _FAR_S
-        each = _FAR_CONNECTION_BYTES_PER_S if far else _CONNECTION_BYTES_PER_S
-        wanted = round(self._target_bytes_per_s() / each)
+        wanted = round(self._target_bytes_per_s() / _CONNECTION_BYTES_PER_S)
         return max(_MIN_CONNECTIONS, min(wanted, _MAX_CONNECTIONS))
 
     def loops(self) -> int:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from s3dcp._config import ChecksumName
-from s3dcp._errors import ObjectNotFoundError, S3Exception, ThrottledError
+from s3dcp._errors import S3Exception, ThrottledError
 from s3dcp._keys import S3Uri
 from s3dcp._pacing import Answer, Lanes, Prefix, Queue, Turn, prefix_of
 from s3dcp._store import Store
@@ -92,36 +92,17 @@ class Slots:
 
     Waiting happens here rather than in the connection pool, so that a request is signed, and its
     timeouts start, only when it can be sent.
-
-    Args:
-        count: How many, as long as nothing is known of the store.
-        count_at: How many, by the seconds that it takes to answer; by default the same.
-
-    Attributes:
-        count: How many, by what is known now.
     """
 
-    def __init__(self, count: int, count_at: Callable[[float], int] | None = None) -> None:
+    def __init__(self, count: int) -> None:
         self.count = count
-        self._count_at = count_at
-        self._latency_s = math.inf
-        self._taken = 0
+        self._free = count
         self._waiting: Queue[asyncio.Future[None]] = Queue()
-
-    def heed(self, seconds: float) -> None:
-        """Learn from how long a request without a body took.
-
-        The shortest counts, so that a machine that is busy is not taken for a store far away.
-        """
-        if self._count_at is not None and seconds < self._latency_s:
-            self._latency_s = seconds
-            self.count = self._count_at(seconds)
-            self._admit()
 
     async def acquire(self, *, retry: bool = False) -> None:
         """Wait for a slot: first come, first served, but for retries, which go first."""
-        if self._taken < self.count:
-            self._taken += 1
+        if self._free:
+            self._free -= 1
             return
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.put(waiter, retry=retry)
@@ -134,15 +115,12 @@ class Slots:
 
     def release(self) -> None:
         """Give a slot to the next."""
-        self._taken -= 1
-        self._admit()
-
-    def _admit(self) -> None:
-        while self._waiting and self._taken < self.count:
+        while self._waiting:
             waiter = self._waiting.pop()
             if not waiter.done():  # cancelled
-                self._taken += 1
                 waiter.set_result(None)
+                return
+        self._free += 1
 
 
 class Pacer:
@@ -311,19 +289,13 @@ class Channel:
         try:
             result = await send()
         except S3Exception as exc:
-            seconds = clock() - started_s
             if isinstance(exc, ThrottledError):
                 answer = Answer.THROTTLED
-            elif isinstance(exc, ObjectNotFoundError):
-                self.slots.heed(seconds)
-            self.tally.add(operation, seconds, error=exc, retry=retry)
+            self.tally.add(operation, clock() - started_s, error=exc, retry=retry)
             raise
         else:
-            seconds = clock() - started_s
             answer = Answer.SERVED
-            if not size_bytes:
-                self.slots.heed(seconds)
-            self.tally.add(operation, seconds, size_bytes, retry=retry)
+            self.tally.add(operation, clock() - started_s, size_bytes, retry=retry)
             return result
         finally:
             self.pacer.leave(turn, self.slots, answer)

@@ -28,8 +28,8 @@ from s3dcp._tally import Tally
 
 _log = logging.getLogger("s3dcp.reports")
 
-#: What is told of reports, on the thread that saved or loaded; or, of what DCP gave up without a word,
-#: on the next one that does. What it raises is logged.
+#: What is told of reports, on the thread that saved or loaded; or, of what DCP gave up without a
+#: word, on the next one that does. What it raises is logged.
 ReportCallback = Callable[[Report], object]
 
 

@@ -259,7 +259,7 @@ async def _channel(here: Portal, region: str | None, config: S3ClientConfig) -> 
             here.at_close(store.close)
             pools.channels[key] = Channel(
                 store=store,
-                slots=Slots(config.connections(), config.connections),
+                slots=Slots(config.connections()),
                 retry=RetryPolicy(
                     max_attempts=store.max_attempts, timeout_s=config.retry_timeout_s
                 ),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import math
 import os
 import pickle
 from pathlib import Path
@@ -214,24 +213,6 @@ class TestShares:
         monkeypatch.setattr(os, "cpu_count", lambda: cores)
         monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
         assert S3ClientConfig(throughput_target_gbps=gbps).loops() == loops
-
-    @pytest.mark.parametrize(
-        ("latency_s", "settings", "connections"),
-        [
-            (0.0, {}, 50),
-            (0.0099, {}, 50),  # on the machine, in the next rack
-            (0.010, {}, 100),  # S3
-            (0.030, {}, 100),
-            (math.inf, {}, 100),
-            (0.030, {"throughput_target_gbps": 0.1}, 8),  # a thin link has them in any case
-            (0.030, {"throughput_target_gbps": 100.0}, 256),  # never more
-            (0.030, {"max_connections": 3}, 3),  # what was given is kept to
-        ],
-    )
-    def test_connections_follow_the_distance(
-        self, latency_s: float, settings: dict[str, Any], connections: int
-    ) -> None:
-        assert S3ClientConfig(**settings).connections(latency_s) == connections
 
     @pytest.mark.parametrize(("cores", "workers"), [(None, 1), (1, 1), (2, 2), (96, 4)])
     def test_workers_follow_the_cores(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import math
 import time
 from collections import Counter
@@ -471,66 +470,7 @@ class Requests:
         assert all(task.done() for task in self.tasks)
         await asyncio.gather(*self.tasks, return_exceptions=True)
         assert not self.pacer.lanes._busy
-        assert not self.slots._taken
-
-
-def count_at(latency_s: float) -> int:
-    return 3 if latency_s >= 0.01 else 1
-
-
-class TestDistance:
-    """How many requests there may be at once follows from how soon the store answers."""
-
-    def test_it_is_learned_from_requests_without_a_body(self) -> None:
-        clock, store = Clock(), MemoryStore()
-        store.write(URI, b"12345")
-        took_s = iter([0.04, 0.03, 0.5, 0.001, 0.02, 0.002, 0.05])
-
-        def take_time(name: str, uri: S3Uri) -> None:
-            clock.now_s += next(took_s)
-
-        store.before = take_time
-        slots = Slots(1, count_at)
-        channel = replace(channel_of(store), slots=slots, retry=clock.policy())
-        counts: list[int] = []
-
-        async def scenario() -> None:
-            for uri, size_bytes in [
-                (URI, 5),  # which says nothing of the distance
-                (OTHER, 0),  # not found: an answer
-                (URI, 0),  # slow, for once
-                (URI, 5),
-                (URI, 0),
-                (URI, 0),  # near, but for what the machine does besides
-                (URI, 0),
-            ]:
-                with contextlib.suppress(ObjectNotFoundError):
-                    await head(channel, uri, size_bytes=size_bytes)
-                counts.append(slots.count)
-
-        run(scenario)
-        assert counts == [1, 3, 3, 3, 3, 1, 1]
-
-    def test_who_waits_goes_when_there_may_be_more(self) -> None:
-        """And if there may be fewer again, nobody goes before there are."""
-
-        async def scenario() -> None:
-            slots = Slots(1, count_at)
-            waiting = [asyncio.create_task(slots.acquire()) for _ in range(5)]
-            await settle()
-            started = [task.done() for task in waiting]
-            assert started == [True, False, False, False, False]
-            slots.heed(0.03)
-            await settle()
-            started = [task.done() for task in waiting]
-            assert started == [True, True, True, False, False]
-            slots.heed(0.001)
-            for expected in (3, 3, 4, 5, 5):
-                slots.release()
-                await settle()
-                assert sum(task.done() for task in waiting) == expected
-
-        run(scenario)
+        assert self.slots._free == self.count
 
 
 class TestTallies:

@@ -12,8 +12,8 @@ REMARKS: dict[tuple[str, str], str] = {
         "process's first requests may make them; parts then change their size from save to save, "
         "and the server takes new memory for each. With that taken out, this row alone came to "
         "1.58 GiB/s, 1.53 times the reference's with 0.38 of its CPU time. The whole run before, "
-        "of 8a59f8b, had 2.22 here, 3.98 times the RAM disk's and 0.36 of the CPU time; 2.16 on the "
-        "slow link; and 3.00 for 4 times the bytes."
+        "of 8a59f8b, had 2.22 here, 3.98 times the RAM disk's and 0.36 of the CPU time; 2.16 on "
+        "the slow link; and 3.00 for 4 times the bytes."
     ),
     ("tls", "save: GiB/s, times the reference's"): (
         "Both ends share the two cores. Beside `s3null` with TLS, which costs less than this "

@@ -30,6 +30,16 @@ _MIN_CONNECTIONS = 8
 _MAX_CONNECTIONS = 256
 
 
+def check_thread_count(value: object) -> None:
+    """Refuse what is no number of objects that a rank moves at once.
+
+    Raises:
+        S3ConfigError: it is not.
+    """
+    if type(value) is not int or value < 1:
+        raise S3ConfigError(f"thread_count must be a positive whole number, got {value!r}")
+
+
 @dataclass(frozen=True)
 class S3ClientConfig:
     """Settings of a client. The first six are the reference library's, in its order.

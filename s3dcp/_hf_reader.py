@@ -6,8 +6,7 @@ import os
 
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
-from s3dcp._config import S3ClientConfig
-from s3dcp._errors import S3ConfigError
+from s3dcp._config import S3ClientConfig, check_thread_count
 from s3dcp._formats import INDEX_NAME
 from s3dcp._hf_files import child_uri, find, metadata_of
 from s3dcp._keys import S3Uri, parse_s3_uri
@@ -47,10 +46,7 @@ class S3HuggingFaceStorageReader(S3StorageReader):
         on_report: ReportCallback | None = None,
     ) -> None:
         super().__init__(region, path, s3client_config, progress=progress, on_report=on_report)
-        if type(thread_count) is not int or thread_count < 1:
-            raise S3ConfigError(
-                f"thread_count must be a positive whole number, got {thread_count!r}"
-            )
+        check_thread_count(thread_count)
         self.thread_count = thread_count
         self._commit_name = INDEX_NAME
 
@@ -67,8 +63,8 @@ class S3HuggingFaceStorageReader(S3StorageReader):
         return super().read_metadata()
 
     def _read_metadata(self, rank: int | None) -> Metadata:  # noqa: ARG002 - there is one for all
-        portal, channel = self.fs.client.connect(self.recording.tally)
-        checkpoint = portal.call(find, channel, parse_s3_uri(self.path))
+        tally = self.recording.tally
+        checkpoint = self.fs.client.call_counted(tally, find, parse_s3_uri(self.path))
         if checkpoint.commit is not None:
             self._commit_name, self._found = checkpoint.commit
         metadata = metadata_of(checkpoint)

@@ -150,8 +150,9 @@ class S3HuggingFaceStorageWriter(S3StorageWriter):
                     "Several ranks have tensors for one file: pass save_distributed=True, and "
                     "enable_consolidation=True for full files"
                 )
-        portal, channel = self.fs.client.connect(self.recording.tally)
-        self._stale = portal.call(begin, channel, self._data, overwrite=self.overwrite)
+        self._stale = self.fs.client.call_counted(
+            self.recording.tally, begin, self._data, overwrite=self.overwrite
+        )
         return [
             dataclasses.replace(plan, storage_data=rank if self.save_distributed else None)
             for rank, plan in enumerate(plans, start=1)
@@ -184,14 +185,14 @@ class S3HuggingFaceStorageWriter(S3StorageWriter):
         written = [result for rank in results for result in rank]
         metadata.storage_data = {result.index: result.storage_data for result in written}
         check_complete(metadata)
-        portal, channel = self.fs.client.connect(self.recording.tally)
+        client, tally = self.fs.client, self.recording.tally
         index = self._index(written)
-        portal.call(commit, channel, self._data, index, self._stale, overwrite=self.overwrite)
+        client.call_counted(tally, commit, self._data, index, self._stale, overwrite=self.overwrite)
         if self.enable_consolidation:
-            portal.call(
+            client.call_counted(
+                tally,
                 consolidate,
-                channel,
-                self.fs.client.s3client_config,
+                client.s3client_config,
                 self._data,
                 self._target,
                 self.fqn_to_index_mapping,

@@ -275,8 +275,8 @@ class S3StorageReader(FileSystemReader):
 
     def _find(self, rank: int | None) -> Found | None:
         """Return the bytes of `.metadata`, or of a rank's own."""
-        portal, channel = self.fs.client.connect(self.recording.tally)
-        return portal.call(read, channel, self._metadata_uri(rank))
+        tally = self.recording.tally
+        return self.fs.client.call_counted(tally, read, self._metadata_uri(rank))
 
     def _read_metadata(self, rank: int | None) -> Metadata:
         if rank is not None and not isinstance(

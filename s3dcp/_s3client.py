@@ -181,7 +181,17 @@ class S3Client:
         **kwargs: P.kwargs,
     ) -> T:
         """Run an engine function that takes a `Channel` first, and wait for it."""
-        here, channel = self.connect()
+        return self.call_counted(None, function, *args, **kwargs)
+
+    def call_counted(
+        self,
+        tally: Tally | None,
+        function: Callable[Concatenate[Channel, P], Awaitable[T]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> T:
+        """Do as `call` does, with `tally` for the pool's own."""
+        here, channel = self.connect(tally)
         return here.call(function, channel, *args, **kwargs)
 
 

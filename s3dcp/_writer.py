@@ -22,7 +22,7 @@ from torch.futures import Future
 from s3dcp._calls import Call
 from s3dcp._collector import dismantle
 from s3dcp._commit import Found, data_name, deletions, metadata_name
-from s3dcp._config import S3ClientConfig
+from s3dcp._config import S3ClientConfig, check_thread_count
 from s3dcp._errors import (
     CorruptMetadataError,
     IncompleteSaveError,
@@ -94,10 +94,7 @@ class S3StorageWriter(FileSystemWriter):
                 "serialization_format=SAFETENSORS has no reader in torch's DCP: save with the "
                 "default format, or write safetensors with S3HuggingFaceStorageWriter"
             )
-        if type(thread_count) is not int or thread_count < 1:
-            raise S3ConfigError(
-                f"thread_count must be a positive whole number, got {thread_count!r}"
-            )
+        check_thread_count(thread_count)
         fs = S3FileSystem(region, s3client_config=s3client_config)
         path = fs.init_path(path)
         super().__init__(path=path, thread_count=thread_count, **{"sync_files": False, **kwargs})
@@ -165,7 +162,8 @@ class S3StorageWriter(FileSystemWriter):
             self._look = Calls(portal).submit(look, channel, uri)
             if not self.overwrite and portal.wait(self._look).found is not None:
                 raise already_exists(uri)
-            if alone and self._exists(self._metadata_uri(alone=False)):
+            everybodys = self._metadata_uri(alone=False)
+            if alone and self.fs.client.call_counted(self.recording.tally, exists, everybodys):
                 _log.warning(
                     "%s holds a checkpoint that was saved with collectives, which loads will find "
                     "instead of this one: save to another path",
@@ -255,11 +253,10 @@ class S3StorageWriter(FileSystemWriter):
         }
         metadata.storage_meta = self.storage_meta()
         check_complete(metadata)
-        portal, channel = self.fs.client.connect(self.recording.tally)
         before, self._look = self._looked(), None
-        return portal.call(
+        return self.fs.client.call_counted(
+            self.recording.tally,
             publish,
-            channel,
             self._metadata_uri(),
             dump_metadata(metadata),
             overwrite=self.overwrite,
@@ -284,10 +281,6 @@ class S3StorageWriter(FileSystemWriter):
         rank = self.rank if alone and not self.use_collectives else None
         return S3Uri(base.bucket, join(base.key, metadata_name(rank)))
 
-    def _exists(self, uri: S3Uri) -> bool:
-        portal, channel = self.fs.client.connect(self.recording.tally)
-        return portal.call(exists, channel, uri)
-
     def _buckets(self, plan: SavePlan) -> list[list[WriteItem]]:
         # As in stock checkpoints, what is no tensor lies in front of what is.
         items = sorted(plan.items, key=lambda item: item.type != WriteItemType.BYTE_IO)
@@ -307,8 +300,7 @@ class S3StorageWriter(FileSystemWriter):
         except (CorruptMetadataError, InvalidS3UriError) as exc:
             _log.warning("objects of the checkpoint that was replaced are left in place: %s", exc)
             return
-        portal, channel = self.fs.client.connect(self.recording.tally)
-        portal.call(delete_quietly, channel, uris)
+        self.fs.client.call_counted(self.recording.tally, delete_quietly, uris)
 
     def _uris(self, names: Iterable[str]) -> list[S3Uri]:
         base = parse_s3_uri(self.path)

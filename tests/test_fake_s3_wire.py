@@ -14,7 +14,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
-from s3dcp.testing import FakeS3, LocalServerError
+from s3dcp.testing import FakeS3, FlipByte, LocalServerError
 from tests._fakes import BUCKET
 from tests._wire import Wire, request
 from tests.test_fake_s3 import client_of, refused, text_of
@@ -376,6 +376,39 @@ class TestHttp:
         assert open_fake.read(BUCKET, "k") == b"data" * 3
         wire.send(request("HEAD", f"/{BUCKET}/k"))
         assert "content-encoding" not in wire.answer(of_head=True).headers
+
+    @pytest.mark.parametrize("framed", ["plain", "aws-chunked"])
+    def test_dropped_bodies_are_verified_as_they_come(self, framed: str) -> None:
+        data = bytes(range(256)) * (5 * MiB // 256) + b"end"
+        name, headers = "x-amz-checksum-crc64nvme", dict[str, str]()
+        with FakeS3(anonymous=True, discard="drop/") as server, Wire(server.endpoint_url) as wire:
+            server.create_bucket(BUCKET)
+
+            def put(crc: str) -> None:
+                body = data
+                if framed == "plain":
+                    headers[name] = crc
+                else:
+                    chunks = b"%x\r\n%b\r\n" * 2 % (9, data[:9], len(data) - 9, data[9:])
+                    body = chunks + f"0\r\n{name}:{crc}\r\n\r\n".encode()
+                    headers["Content-Encoding"] = "aws-chunked"
+                    headers["x-amz-decoded-content-length"] = str(len(data))
+                    headers["x-amz-trailer"] = name
+                wire.send(request("PUT", f"/{BUCKET}/drop/k", body, **headers))
+
+            true, wrong = text_of("CRC64NVME", data), text_of("CRC64NVME", data[1:])
+            put(true)
+            answer = wire.answer()
+            assert (answer.status, answer.headers[name]) == (200, true)
+            put(wrong)
+            assert b"BadDigest" in wire.answer().body
+            assert [each.code for each in server.violations] == ["BadDigest"]
+            server.forget()
+            server.inject(FlipByte(offset=7, upload=True))
+            put(true)
+            assert b"BadDigest" in wire.answer().body
+            assert server.read(BUCKET, "drop/k") == bytes(len(data))
+            server.check()
 
     @pytest.mark.parametrize(
         "raw",

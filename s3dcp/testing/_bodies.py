@@ -7,20 +7,24 @@ import mmap
 import os
 import weakref
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 from xml.etree import ElementTree as ET
 
+from s3dcp.testing._answers import Blob
 from s3dcp.testing._http import MalformedRequestError
 from s3dcp.testing._requests import S3Error
+from s3dcp.testing._sums import RunningCrc, Sum, crc_to_verify
 
 _HUGE_BYTES = 2 << 20
 # Of a machine's memory, what may lie idle; and of memory that is used again, what may be too much:
 # small bodies must not take what larger ones will need.
 _MAX_IDLE_SHARE = 1 / 8
 _MAX_SPARE_SHARE = 1 / 4
+# Small enough to stay in a core's cache between the kernel's copy and the checksum.
+_PIECE_BYTES = 256 << 10
 
 
 class Source(Protocol):
@@ -46,11 +50,14 @@ class Body:
     """A request's body, taken out of its framing.
 
     Attributes:
+        blob: Its bytes; zeros in their place where they were dropped as they came.
+        crc: What was computed of those meanwhile.
         trailers: The headers after an aws-chunked body, by lower-case name.
         chunks: An aws-chunked body's chunks, the empty last one included.
     """
 
-    view: memoryview
+    blob: Blob
+    crc: Sum | None = None
     trailers: Mapping[str, str] = field(default_factory=dict)
     chunks: tuple[SignedChunk, ...] = ()
 
@@ -153,7 +160,53 @@ class Chunks:
         return not self._ended
 
 
-async def _read_aws_chunks(source: Source, target: memoryview) -> Body:
+class _Target(Protocol):
+    """Where a body of a known size goes."""
+
+    size_bytes: int
+
+    async def take(self, source: Source, size_bytes: int) -> None:
+        """Read the next bytes of the body."""
+
+    def body(self) -> Body:
+        """Return what was read."""
+
+
+class _Held:
+    """Memory as long as the body."""
+
+    def __init__(self, size_bytes: int) -> None:
+        self.size_bytes = size_bytes
+        self._whole = _memory.take(size_bytes)
+        self._rest = self._whole
+
+    async def take(self, source: Source, size_bytes: int) -> None:
+        await source.read_into(self._rest[:size_bytes])
+        self._rest = self._rest[size_bytes:]
+
+    def body(self) -> Body:
+        return Body(Blob.of(self._whole))
+
+
+class _Dropped:
+    """A piece of memory that is used over and over; only a CRC is made of the body."""
+
+    def __init__(self, size_bytes: int, algorithm: str) -> None:
+        self.size_bytes = size_bytes
+        self._crc = RunningCrc(algorithm)
+        self._piece = memoryview(bytearray(_PIECE_BYTES))
+
+    async def take(self, source: Source, size_bytes: int) -> None:
+        for start in range(0, size_bytes, _PIECE_BYTES):
+            piece = self._piece[: size_bytes - start]
+            await source.read_into(piece)
+            self._crc.update(piece)
+
+    def body(self) -> Body:
+        return Body(Blob.zeros(self.size_bytes), self._crc.sum())
+
+
+async def _read_aws_chunks(source: Source, target: _Target) -> Body:
     """Read an aws-chunked body that says it fills `target`, and its trailing headers."""
     chunks: list[SignedChunk] = []
     at = 0
@@ -164,19 +217,19 @@ async def _read_aws_chunks(source: Source, target: memoryview) -> Body:
         chunks.append(SignedChunk(size_bytes, signature))
         if not size_bytes:
             break
-        if at + size_bytes > len(target):
+        if at + size_bytes > target.size_bytes:
             raise MalformedRequestError("the chunks hold more than x-amz-decoded-content-length")
-        await source.read_into(target[at : at + size_bytes])
+        await target.take(source, size_bytes)
         at += size_bytes
         if await source.read_line():
             raise MalformedRequestError("an aws-chunk is longer than it says")
-    if at != len(target):
+    if at != target.size_bytes:
         raise MalformedRequestError("the chunks hold less than x-amz-decoded-content-length")
     trailers: dict[str, str] = {}
     while line := await source.read_line():
         name, _, value = line.decode("latin-1").partition(":")
         trailers[name.strip().lower()] = value.strip()
-    return Body(target, trailers, tuple(chunks))
+    return replace(target.body(), trailers=trailers, chunks=tuple(chunks))
 
 
 def _chunk_size(text: bytes) -> int:
@@ -194,7 +247,7 @@ def parse_xml(body: Body) -> ET.Element:
     """
     try:
         # Those who send it are under test, and expat bounds what entities expand to.
-        return ET.fromstring(bytes(body.view))  # noqa: S314
+        return ET.fromstring(bytes(body.blob))  # noqa: S314
     except ET.ParseError as error:
         raise S3Error(
             "MalformedXML", f"The XML you provided was not well-formed: {error}"
@@ -227,23 +280,37 @@ class _Sized:
             raise MalformedRequestError("the body goes on after Content-Length")
 
 
-async def read_body(source: Source, headers: Mapping[str, str]) -> Body:
+async def read_body(
+    source: Source, headers: Mapping[str, str], drop: Callable[[int], bool]
+) -> Body:
     """Read a request's body, however it is framed.
+
+    Args:
+        source: Where it comes from.
+        headers: The request's.
+        drop: Told its size, whether it need not be held.
 
     Raises:
         MalformedRequestError: Its framing is not what the headers say.
     """
+
+    def target(size_bytes: int) -> _Target:
+        algorithm = crc_to_verify(headers)
+        if algorithm is None or not drop(size_bytes):
+            return _Held(size_bytes)
+        return _Dropped(size_bytes, algorithm)
+
     size = _declared_size(headers, "content-length")
     chunked = headers.get("transfer-encoding", "").lower() == "chunked"
     if not _is_aws_chunked(headers):
         if chunked:
-            return Body(await Chunks(source).read_all())
-        target = _memory.take(size)
-        await source.read_into(target)
-        return Body(target)
+            return Body(Blob.of(await Chunks(source).read_all()))
+        whole = target(size)
+        await whole.take(source, size)
+        return whole.body()
     inner = Chunks(source) if chunked else _Sized(source, size)
     decoded = _declared_size(headers, "x-amz-decoded-content-length")
-    body = await _read_aws_chunks(inner, _memory.take(decoded))
+    body = await _read_aws_chunks(inner, target(decoded))
     await inner.finish()
     return body
 

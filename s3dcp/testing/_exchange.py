@@ -77,8 +77,8 @@ class Exchange:
             if self._refusal is not None:
                 return
             await self.connection.write([b"HTTP/1.1 100 Continue\r\n\r\n"])
-        self._body = await read_body(through(self.connection), self.head.headers)
-        self.journal.received(self.record, len(self._body.view))
+        self._body = await read_body(through(self.connection), self.head.headers, self._drops)
+        self.journal.received(self.record, self._body.blob.size)
 
     def _check_head(self) -> None:
         headers, operation = self.head.headers, self.request.operation
@@ -93,6 +93,10 @@ class Exchange:
             raise S3Error(
                 "MissingContentLength", "You must provide the Content-Length HTTP header."
             )
+
+    def _drops(self, size_bytes: int) -> bool:
+        # A fault may want to change the body.
+        return self.rule is None and self.s3.drops(self.request, size_bytes)
 
     def perform(self) -> None:
         """Do what the request asks for, in one step."""
@@ -176,7 +180,7 @@ class Exchange:
     def flip(self, offset: int) -> None:
         """Change a byte of the request's body."""
         assert self._body is not None
-        self._body.view[offset] ^= 1
+        self._body.blob.views[0][offset] ^= 1
 
     def end(self, *, reset: bool) -> None:
         """End the connection, by RST or by FIN."""

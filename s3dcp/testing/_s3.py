@@ -157,11 +157,14 @@ class S3:
 
     def received(self, request: Request, body: Body) -> tuple[Blob, sums.Sum | None]:
         """Return what is to be kept of a body, and its checksum, which was found true."""
-        blob = Blob.of(body.view)
-        found = None
+        blob, found = body.blob, None
         if self.options.checksums:
-            found = sums.verify(blob, request.headers, body.trailers)
+            found = sums.verify(blob, request.headers, body.trailers, body.crc)
         return (blob if self._kept(request.key, blob.size) else Blob.zeros(blob.size)), found
+
+    def drops(self, request: Request, size_bytes: int) -> bool:
+        """Return whether a body of that size is not kept, nor an ETag made of it."""
+        return not self.options.md5_etags and not self._kept(request.key, size_bytes)
 
     def source(self, request: Request) -> StoredObject:
         """Return the object that a request copies from, its conditions being met."""
@@ -223,7 +226,7 @@ class S3:
 
     def _put(self, request: Request, body: Body) -> Response:
         self.check_write(request)
-        if len(body.view) > self.options.limits.max_put_bytes:
+        if body.blob.size > self.options.limits.max_put_bytes:
             raise S3Error("EntityTooLarge", "Your proposed upload exceeds the maximum allowed size")
         blob, found = self.received(request, body)
         stored = StoredObject(

@@ -14,7 +14,6 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 from urllib.parse import quote, unquote, unquote_plus
 
-from s3dcp.testing._answers import Blob
 from s3dcp.testing._bodies import Body
 from s3dcp.testing._requests import Request, S3Error
 from s3dcp.testing._sums import digest
@@ -136,7 +135,7 @@ def verify_payload(signed: Signed, body: Body) -> None:
         S3Error: It is another body than the one that was signed.
     """
     if _HEX.fullmatch(signed.payload):
-        if digest(hashlib.sha256, Blob.of(body.view)).hex() != signed.payload:
+        if digest(hashlib.sha256, body.blob).hex() != signed.payload:
             raise S3Error(
                 "XAmzContentSHA256Mismatch",
                 "The provided 'x-amz-content-sha256' header does not match what was computed.",
@@ -148,9 +147,9 @@ def verify_payload(signed: Signed, body: Body) -> None:
 def _verify_chunks(signed: Signed, body: Body) -> None:
     previous, at = signed.signature, 0
     for chunk in body.chunks:
-        data = body.view[at : at + chunk.size_bytes]
+        data = body.blob.slice(at, at + chunk.size_bytes)
         at += chunk.size_bytes
-        hashed = hashlib.sha256(data).hexdigest()
+        hashed = digest(hashlib.sha256, data).hex()
         previous = _sign(
             signed.signing_key,
             f"{_SCHEME}-PAYLOAD",

@@ -70,14 +70,43 @@ def kinds(algorithm: str) -> frozenset[str]:
     return frozenset({"COMPOSITE"} | ({"FULL_OBJECT"} if algorithm in _CRCS else set()))
 
 
+class RunningCrc:
+    """A CRC of bytes as they come."""
+
+    def __init__(self, algorithm: str) -> None:
+        self._algorithm = algorithm
+        self._update, _, self._size = _CRCS[algorithm]
+        self._value = 0
+
+    def update(self, view: memoryview) -> None:
+        """Go on over more bytes."""
+        self._value = self._update(view, self._value)
+
+    def sum(self) -> Sum:
+        """Return the checksum of what came up to now."""
+        return Sum(self._algorithm, self._value.to_bytes(self._size, "big"))
+
+
+def crc_to_verify(headers: Mapping[str, str]) -> str | None:
+    """Return the algorithm of the CRC that is all that a body has to be read for.
+
+    None where there is none, or where its signature or another hash needs the body too.
+    """
+    payload = headers.get("x-amz-content-sha256", "UNSIGNED-PAYLOAD").removeprefix("STREAMING-")
+    if "content-md5" in headers or not payload.startswith("UNSIGNED-PAYLOAD"):
+        return None
+    names = {*headers, headers.get("x-amz-trailer", "").lower()}
+    found = [name for name in _CRCS if _PREFIX + name.lower() in names]
+    return found[0] if len(found) == 1 else None
+
+
 def compute(algorithm: str, blob: Blob) -> Sum:
     """Return a checksum of bytes."""
     if algorithm in _CRCS:
-        update, _, size = _CRCS[algorithm]
-        value = 0
+        running = RunningCrc(algorithm)
         for view in blob.views:
-            value = update(view, value)
-        return Sum(algorithm, value.to_bytes(size, "big"))
+            running.update(view)
+        return running.sum()
     return Sum(algorithm, digest(_DIGESTS[algorithm], blob))
 
 
@@ -125,8 +154,16 @@ def declared(headers: Mapping[str, str]) -> tuple[str, str] | None:
     return found[0] if found else None
 
 
-def verify(body: Blob, headers: Mapping[str, str], trailers: Mapping[str, str]) -> Sum | None:
+def verify(
+    body: Blob, headers: Mapping[str, str], trailers: Mapping[str, str], known: Sum | None
+) -> Sum | None:
     """Return the checksum that came with a body, having found it true.
+
+    Args:
+        body: What came.
+        headers: Of the request.
+        trailers: Those after the body.
+        known: What was computed while the body came, by the algorithm of `crc_to_verify`.
 
     Raises:
         S3Error: It is not, or is announced and missing.
@@ -144,7 +181,7 @@ def verify(body: Blob, headers: Mapping[str, str], trailers: Mapping[str, str]) 
             )
         return None
     algorithm, value = sent
-    found = compute(algorithm, body)
+    found = known or compute(algorithm, body)
     if found.text != value:
         raise S3Error(
             "BadDigest",

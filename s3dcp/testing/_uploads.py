@@ -66,7 +66,7 @@ class Uploads:
     def put_part(self, request: Request, body: Body) -> Response:
         """UploadPart."""
         upload, number = self._upload(request), self._number(request)
-        if len(body.view) > self.s3.options.limits.max_put_bytes:
+        if body.blob.size > self.s3.options.limits.max_put_bytes:
             raise S3Error("EntityTooLarge", "Your proposed upload exceeds the maximum allowed size")
         blob, found = self.s3.received(request, body)
         if found and found.algorithm != upload.algorithm:
@@ -82,7 +82,7 @@ class Uploads:
                     "InvalidRequest",
                     f"The upload is one with {upload.algorithm}, the part has none.",
                 )
-            found = sums.compute(upload.algorithm, Blob.of(body.view))
+            found = sums.compute(upload.algorithm, body.blob)
         part = StoredPart(blob=blob, etag=self.s3.etag(blob), sum=found)
         upload.parts[number] = part
         return Response(200, {"ETag": part.etag, **(_part_headers(found) if found else {})})

@@ -7,6 +7,7 @@ asks for none of the three. One that asks for `fake` speaks to a FakeS3.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 from contextlib import closing
@@ -191,3 +192,11 @@ def ranks(request: pytest.FixtureRequest) -> RankPool:
     """1, 2 and 4 ranks in turn."""
     found: RankPool = request.getfixturevalue(f"ranks{request.param}")
     return found
+
+
+@pytest.fixture
+def unlogged() -> Iterator[None]:
+    """Log nothing: pytest keeps every record, and torch logs one of each key of a state dict."""
+    logging.disable()
+    yield
+    logging.disable(logging.NOTSET)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import gc
-import logging
 import os
 import threading
 import time
@@ -73,14 +72,6 @@ def server(_server: FakeS3Process, monkeypatch: pytest.MonkeyPatch) -> FakeS3Pro
     save(state_of(0), "warm", CONFIG)
     load(state_of(0), "warm", CONFIG)
     return _server
-
-
-@pytest.fixture
-def unlogged() -> Iterator[None]:
-    """Log nothing: pytest keeps every record, and torch logs 25 of them for each save and load."""
-    logging.disable()
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @dataclass(frozen=True)

@@ -80,14 +80,8 @@ class Memory:
 
     def take(self, size_bytes: int) -> None:
         """Take bytes, as soon as there is room or nothing that could be waited for."""
-        while not self._share.try_take(size_bytes):
-            if self._kept:
-                self._share.give(sum(buffer.held_bytes for buffer in self._kept))
-                self._kept.clear()
-            elif not self._settle():
-                with self._pause.lifted():
-                    self._share.take(size_bytes)
-                return
+        while not self._try_take(size_bytes):
+            pass
 
     def give(self, size_bytes: int) -> None:
         """Give bytes back."""
@@ -100,21 +94,39 @@ class Memory:
             size_bytes: Its size.
             pinned: Whether a device will copy to it or from it.
         """
-        for position, buffer in enumerate(self._kept):
-            if buffer.fits(size_bytes, pinned=pinned):
-                del self._kept[position]
-                return buffer.cut(size_bytes)
         held_bytes = max(-(-size_bytes // _GRAIN_BYTES), 1) * _GRAIN_BYTES
-        self.take(held_bytes)
-        # Not zeroed: a pass over the memory, and its pages, for nothing.
-        whole = torch.empty(
-            held_bytes, dtype=torch.uint8, pin_memory=pinned and torch.cuda.is_available()
-        )
-        return Buffer(whole, size_bytes, pinned=pinned)
+        while (kept := self._fitting(size_bytes, pinned=pinned)) is None:
+            if self._try_take(held_bytes):
+                # Not zeroed: a pass over the memory, and its pages, for nothing.
+                whole = torch.empty(
+                    held_bytes, dtype=torch.uint8, pin_memory=pinned and torch.cuda.is_available()
+                )
+                return Buffer(whole, size_bytes, pinned=pinned)
+        return kept.cut(size_bytes)
 
     def give_back(self, buffer: Buffer) -> None:
         """Take a buffer back. Nobody may use its views any more."""
         self._kept.append(buffer)
+
+    def _fitting(self, size_bytes: int, *, pinned: bool) -> Buffer | None:
+        for position, buffer in enumerate(self._kept):
+            if buffer.fits(size_bytes, pinned=pinned):
+                return self._kept.pop(position)
+        return None
+
+    def _try_take(self, size_bytes: int) -> bool:
+        """Take bytes; or else wait once for what may make room, a buffer that comes back too."""
+        if self._share.try_take(size_bytes):
+            return True
+        if self._kept:
+            self._share.give(sum(buffer.held_bytes for buffer in self._kept))
+            self._kept.clear()
+            return False
+        if self._settle():
+            return False
+        with self._pause.lifted():
+            self._share.take(size_bytes)
+        return True
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:

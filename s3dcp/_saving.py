@@ -403,7 +403,7 @@ class SavedItems:
         if not file.sent and not file.is_multipart:
             moved = Moved()
             self._submit(rest, moved, self._calls.submit(file.upload.put, _views(rest), moved))
-        elif rest:
+        elif rest or not file.sent:  # an upload ends with one part at least
             file.held = rest
             self._send_held(file)
         self._meter.expect(file.cutter.position - file.expected_bytes)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -595,6 +596,25 @@ def test_items_may_be_compressed(s3: Server, boto: Any, bucket: str) -> None:
     assert_same(load(blank(state), f"s3://{bucket}/ck"), state)
     sequential = S3ReaderConstructor.sequential()
     assert_same(load(blank(state), f"s3://{bucket}/ck", None, sequential), state)
+
+
+class Elsewhere(ZStandard):
+    """An extension that keeps the bytes somewhere else: nothing of them is written."""
+
+    def transform_to(self, output: IO[bytes]) -> IO[bytes]:
+        return io.BytesIO()
+
+
+def test_an_extension_that_writes_nothing_leaves_no_upload(
+    s3: Server, boto: Any, bucket: str
+) -> None:
+    """Its object is there, with no bytes, as the metadata says."""
+    state = {"weights": torch.zeros(3 * MiB)}
+    save(state, f"s3://{bucket}/ck", PART, _extensions=[Elsewhere()])
+
+    [key] = data_keys(boto, bucket)
+    assert boto.head_object(Bucket=bucket, Key=key)["ContentLength"] == 0
+    assert "Uploads" not in boto.list_multipart_uploads(Bucket=bucket)
 
 
 @pytest.fixture

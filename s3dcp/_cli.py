@@ -45,7 +45,7 @@ _format = click.option(
     "--format",
     "format_name",
     type=click.Choice([each.name for each in FORMATS]),
-    help="Which checkpoint at URI is meant, where there are both.",
+    help="Which checkpoint is meant, where there are both.",
 )
 
 
@@ -160,6 +160,7 @@ def verify(
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
 @on_store
+@_format
 @click.option("--overwrite", is_flag=True, help="Replace another checkpoint that is at DST.")
 @click.option("--no-verify", is_flag=True, help="Do not compare the items' checksums.")
 @as_json_option
@@ -168,6 +169,7 @@ def cp(
     target: str,
     store: dict[str, Any],
     *,
+    format_name: FormatName | None,
     overwrite: bool,
     no_verify: bool,
     as_json: bool,
@@ -177,6 +179,11 @@ def cp(
     SRC and DST are the checkpoint's folder and the copy's own: s3://BUCKET/FOLDER, or a path. Both
     may be on S3.
 
+    Copied is all that the checkpoint names: of DCP, what its .metadata does; of safetensors, what
+    the index or manifest does, or model.safetensors. Beside safetensors, *.json, *.txt, *.model,
+    *.py, *.md, *.jinja and *.tiktoken in the same folder go with them; other files, and folders
+    below, do not.
+
     The same command goes on with a copy that was cut off. Until the end, DST is no checkpoint.
     """
     config = dataclasses.replace(store["s3client_config"], memory_budget_bytes=_COPY_BYTES)
@@ -185,6 +192,7 @@ def cp(
         report = copy(
             source,
             target,
+            format=format_name,
             overwrite=overwrite,
             verify=not no_verify,
             progress=bar.advance,

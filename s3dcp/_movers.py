@@ -12,24 +12,22 @@ far it had come, and the copy goes on from there.
 from __future__ import annotations
 
 import asyncio
-import io
 import os
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Generic, TypeVar
 
 from s3dcp._checksums import crcs_of
 from s3dcp._config import MiB
 from s3dcp._copies import Checks, Item
 from s3dcp._downloads import Downloads
-from s3dcp._errors import CheckpointChangedError, ObjectNotFoundError
+from s3dcp._errors import ObjectNotFoundError, PreconditionFailedError
 from s3dcp._flow import wait_all
 from s3dcp._keys import S3Uri
 from s3dcp._landing import damaged
-from s3dcp._places import Bucket, Folder, naming, partial_of
+from s3dcp._places import Bucket, Folder, Place, changed, fill, naming, partial_of
 from s3dcp._portal import offload
 from s3dcp._ranges import cut, span_bytes
 from s3dcp._store import ObjectInfo
@@ -240,36 +238,53 @@ async def copy_within(source: Bucket, target: Bucket, cargo: Cargo) -> None:
     """Copy inside the store, which compares no items' CRCs.
 
     Raises:
-        CheckpointChangedError: an object was deleted meanwhile.
+        CheckpointChangedError: an object was replaced or deleted meanwhile.
         S3Exception: as the store.
     """
 
     async def one(info: ObjectInfo) -> None:
         uri = source.uri(info.key)
         try:
-            await copy(target.channel, uri, target.uri(info.key))
-        except ObjectNotFoundError as exc:
+            await copy(target.channel, uri, target.uri(info.key), if_match=info.etag)
+        except (ObjectNotFoundError, PreconditionFailedError) as exc:
             raise changed(uri) from exc
         cargo.advance(info.size_bytes)
 
     await wait_all([partial(one, info) for info in cargo.files])
 
 
-def fill(file: io.RawIOBase, start: int, view: memoryview) -> None:
-    """Read as many bytes as fit.
+async def same_files(
+    source: Place, target: Place, pairs: Iterable[tuple[ObjectInfo, ObjectInfo]], room: Room
+) -> set[str]:
+    """Read files of the same name at two places, and return the names of those that are equal.
 
     Raises:
-        EOFError: there are not so many.
+        CheckpointChangedError: one was replaced or deleted meanwhile.
+        OSError, S3Exception: as the places.
     """
-    file.seek(start)
-    while view.nbytes:
-        count = file.readinto(view)
-        if not count:
-            raise EOFError
-        view = view[count:]
+    pairs = [pair for pair in pairs if pair[0].size_bytes == pair[1].size_bytes]
+    if not pairs:
+        return set()
+    different: set[str] = set()
 
+    async def pieces() -> AsyncGenerator[tuple[ObjectInfo, ObjectInfo, int, int]]:
+        for mine, theirs in pairs:
+            for start, end in cut(0, mine.size_bytes, READ_BYTES):
+                if mine.key not in different:
+                    yield mine, theirs, start, end
 
-def changed(where: S3Uri | Path) -> CheckpointChangedError:
-    return CheckpointChangedError(
-        f"{where} was replaced or deleted while it was being copied: copy the checkpoint again"
-    )
+    async def work(queue: Queue[tuple[ObjectInfo, ObjectInfo, int, int]]) -> None:
+        buffers = [memoryview(bytearray(READ_BYTES)) for _ in range(2)]
+        while piece := await queue.take():
+            mine, theirs, start, end = piece
+            views = [buffer[: end - start] for buffer in buffers]
+            await source.fetch(mine, start, views[0])
+            await target.fetch(theirs, start, views[1])
+            crcs = await offload(crcs_of, views)
+            if crcs[0] != crcs[1]:
+                different.add(mine.key)
+
+    async with aclosing(pieces()) as generator:
+        queue = Queue(generator)
+        await wait_all([partial(work, queue)] * room.buffers(2 * READ_BYTES))
+    return {mine.key for mine, _ in pairs} - different

@@ -27,10 +27,12 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 
 from s3dcp._checksums import combine
-from s3dcp._errors import CorruptMetadataError
+from s3dcp._errors import CheckpointChangedError, CorruptMetadataError
 from s3dcp._formats import is_commit
+from s3dcp._keys import S3Uri
 from s3dcp._metadata import crcs_of, load_metadata
 from s3dcp._ranges import MAX_PARTS, MIN_PART_BYTES
 from s3dcp._store import ObjectInfo, PartList
@@ -104,6 +106,13 @@ class Plan:
     removed_first: tuple[str, ...]
     removed_last: tuple[str, ...]
     trusted: bool
+
+
+def changed(where: S3Uri | Path) -> CheckpointChangedError:
+    """Return the error for a file that is another one by now."""
+    return CheckpointChangedError(
+        f"{where} was replaced or deleted while it was being copied: copy the checkpoint again"
+    )
 
 
 def is_reserved(name: str) -> bool:

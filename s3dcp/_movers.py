@@ -19,15 +19,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
-from s3dcp._checksums import crcs_of
+from s3dcp._checksums import combine, crcs_of
 from s3dcp._config import MiB
-from s3dcp._copies import Checks, Item
+from s3dcp._copies import Checks, Item, changed
+from s3dcp._disk import fill, naming, partial_of
 from s3dcp._downloads import Downloads
 from s3dcp._errors import ObjectNotFoundError, PreconditionFailedError
 from s3dcp._flow import wait_all
 from s3dcp._keys import S3Uri
 from s3dcp._landing import damaged
-from s3dcp._places import Bucket, Folder, Place, changed, fill, naming, partial_of
+from s3dcp._places import Bucket, Folder, Place
 from s3dcp._portal import offload
 from s3dcp._ranges import cut, span_bytes
 from s3dcp._store import ObjectInfo
@@ -256,35 +257,39 @@ async def copy_within(source: Bucket, target: Bucket, cargo: Cargo) -> None:
 async def same_files(
     source: Place, target: Place, pairs: Iterable[tuple[ObjectInfo, ObjectInfo]], room: Room
 ) -> set[str]:
-    """Read files of the same name at two places, and return the names of those that are equal.
+    """Return the names of the files that are the same at two places, by their size and CRC64NVME.
 
     Raises:
         CheckpointChangedError: one was replaced or deleted meanwhile.
         OSError, S3Exception: as the places.
     """
-    pairs = [pair for pair in pairs if pair[0].size_bytes == pair[1].size_bytes]
-    if not pairs:
-        return set()
-    different: set[str] = set()
+    alike = [pair for pair in pairs if pair[0].size_bytes == pair[1].size_bytes]
+    files = [each for pair in alike for each in zip((source, target), pair, strict=True)]
+    sums: list[list[tuple[int, int, int]]] = [[] for _ in files]  # offset, CRC, size
 
-    async def pieces() -> AsyncGenerator[tuple[ObjectInfo, ObjectInfo, int, int]]:
-        for mine, theirs in pairs:
-            for start, end in cut(0, mine.size_bytes, READ_BYTES):
-                if mine.key not in different:
-                    yield mine, theirs, start, end
-
-    async def work(queue: Queue[tuple[ObjectInfo, ObjectInfo, int, int]]) -> None:
-        buffers = [memoryview(bytearray(READ_BYTES)) for _ in range(2)]
+    async def work(queue: Queue[tuple[int, int, int]]) -> None:
+        buffer = memoryview(bytearray(READ_BYTES))
         while piece := await queue.take():
-            mine, theirs, start, end = piece
-            views = [buffer[: end - start] for buffer in buffers]
-            await source.fetch(mine, start, views[0])
-            await target.fetch(theirs, start, views[1])
-            crcs = await offload(crcs_of, views)
-            if crcs[0] != crcs[1]:
-                different.add(mine.key)
+            number, start, end = piece
+            place, info = files[number]
+            view = buffer[: end - start]
+            await place.fetch(info, start, view)
+            [crc] = await offload(crcs_of, [view])
+            sums[number].append((start, crc, view.nbytes))
 
-    async with aclosing(pieces()) as generator:
-        queue = Queue(generator)
-        await wait_all([partial(work, queue)] * room.buffers(2 * READ_BYTES))
-    return {mine.key for mine, _ in pairs} - different
+    async def pieces() -> AsyncGenerator[tuple[int, int, int]]:
+        for number, (place, info) in enumerate(files):
+            known = await place.crc(info)
+            if known is not None:
+                sums[number].append((0, known, info.size_bytes))
+                continue
+            for start, end in cut(0, info.size_bytes, READ_BYTES):
+                yield number, start, end
+
+    if files:
+        async with aclosing(pieces()) as generator:
+            queue = Queue(generator)
+            await wait_all([partial(work, queue)] * room.buffers(READ_BYTES))
+    crcs = [combine((crc, size) for _, crc, size in sorted(found)) for found in sums]
+    both = zip(alike, crcs[::2], crcs[1::2], strict=True)
+    return {info.key for (info, _), mine, theirs in both if mine == theirs}

@@ -6,21 +6,17 @@ block.
 
 from __future__ import annotations
 
-import errno
-import io
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from s3dcp._copies import CLAIM_NAME, PARTIAL_SUFFIX
+from s3dcp._copies import CLAIM_NAME, PARTIAL_SUFFIX, changed
+from s3dcp._disk import fill, lock, naming, partial_of, publish_file, sync_folder, version_of
 from s3dcp._downloads import Downloads
 from s3dcp._errors import (
-    CheckpointChangedError,
-    CommitConflictError,
     InvalidS3UriError,
     ObjectNotFoundError,
     S3ServiceError,
@@ -35,9 +31,6 @@ from s3dcp._s3client import delete, list_all
 from s3dcp._store import Condition, ObjectInfo
 from s3dcp._survey import commits_in
 from s3dcp._uploads import Upload
-
-if sys.platform != "win32":
-    import fcntl
 
 
 class Place(Protocol):
@@ -72,6 +65,9 @@ class Place(Protocol):
         Raises:
             CheckpointChangedError: it is another version of it, or gone.
         """
+
+    async def crc(self, info: ObjectInfo) -> int | None:
+        """Return a file's CRC64NVME, if it is known without reading all of it."""
 
     async def remove(self, names: Iterable[str]) -> None:
         """Remove files, whole or not; those that are absent are no error."""
@@ -146,6 +142,15 @@ class Bucket:
             await downloads.fetch(uri, start, [into])
         except ObjectNotFoundError as exc:
             raise changed(uri) from exc
+
+    async def crc(self, info: ObjectInfo) -> int | None:
+        uri = self.uri(info.key)
+        head = partial(self.channel.store.head, uri, with_crc=True)
+        try:
+            found = await self.channel.request("HeadObject", uri, head)
+        except ObjectNotFoundError as exc:
+            raise changed(uri) from exc
+        return found.crc if found.etag == info.etag else None
 
     async def remove(self, names: Iterable[str]) -> None:
         await wait_all([partial(delete, self.channel, self.uri(name)) for name in names])
@@ -256,11 +261,14 @@ class Folder:
         try:
             with path.open("rb", buffering=0) as file:
                 fill(file, start, into)
-                version = _version_of(os.fstat(file.fileno()))
+                version = version_of(os.fstat(file.fileno()))
         except (FileNotFoundError, EOFError) as exc:
             raise changed(path) from exc
         if version != info.etag:
             raise changed(path)
+
+    async def crc(self, info: ObjectInfo) -> int | None:  # noqa: ARG002
+        return None
 
     async def remove(self, names: Iterable[str]) -> None:
         await offload(self._remove, list(names))
@@ -279,7 +287,7 @@ class Folder:
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / CLAIM_NAME
         with path.open("ab") as claim:
-            _lock(claim, self.path)
+            lock(claim, self.path)
             try:
                 yield
             finally:
@@ -321,79 +329,8 @@ class Folder:
 
     def _sync_folders(self) -> None:
         while self._unsynced:
-            _sync_folder(self._unsynced.pop())
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Have what the disk refuses say of which file, and what to do."""
-    try:
-        yield
-    except OSError as exc:
-        if exc.filename is None:
-            exc.filename = str(path)
-        if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
-            exc.strerror = f"{exc.strerror}: make room, and the same copy goes on"
-        raise
-
-
-def partial_of(path: Path) -> Path:
-    """Return what a file is called as long as it is not whole."""
-    return path.with_name(path.name + PARTIAL_SUFFIX)
-
-
-def publish_file(file: BinaryIO, path: Path) -> None:
-    """Close a partial file and give it its name, once it is on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    partial_of(path).replace(path)
-
-
-def fill(file: io.RawIOBase, start: int, view: memoryview) -> None:
-    """Read as many bytes as fit.
-
-    Raises:
-        EOFError: there are not so many.
-    """
-    file.seek(start)
-    while view.nbytes:
-        count = file.readinto(view)
-        if not count:
-            raise EOFError
-        view = view[count:]
-
-
-def changed(where: S3Uri | Path) -> CheckpointChangedError:
-    """Return the error for a file that is another one by now."""
-    return CheckpointChangedError(
-        f"{where} was replaced or deleted while it was being copied: copy the checkpoint again"
-    )
-
-
-def _version_of(status: os.stat_result) -> str:
-    """Return what stands for a version of a file's bytes."""
-    return f"{status.st_ino}-{status.st_mtime_ns}"
+            sync_folder(self._unsynced.pop())
 
 
 def _info(name: str, status: os.stat_result) -> ObjectInfo:
-    return ObjectInfo(key=name, size_bytes=status.st_size, etag=_version_of(status))
-
-
-def _lock(file: BinaryIO, folder: Path) -> None:
-    if sys.platform != "win32":
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            raise CommitConflictError(
-                f"Another process copies a checkpoint to {folder}: wait until it has ended"
-            ) from exc
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    return ObjectInfo(key=name, size_bytes=status.st_size, etag=version_of(status))

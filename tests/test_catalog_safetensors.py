@@ -275,7 +275,8 @@ class TestVerify:
         ]:
             match = f"{place}: there is no {sought}. There is one of {other}: leave format="
             for function in (self.verify, partial(call, inspect), s3dcp.delete):
-                kind = {"format": wanted} if function is s3dcp.delete else {"format_name": wanted}
+                key = "format" if function is s3dcp.delete else "format_name"
+                kind: dict[str, Any] = {key: wanted}
                 with pytest.raises(CheckpointNotFoundError, match=match):
                     function(uri_of(place) if function is s3dcp.delete else place, **kind)
         for kind, match in [

@@ -57,7 +57,7 @@ OTHERS = {
 ONE = S3ClientConfig(max_connections=1, part_size=5 * MiB, memory_budget_bytes=10 * MiB)
 
 
-def tensors(seed: int = 1, rows: int = 3) -> dict[str, torch.Tensor]:
+def tensors(seed: int = 1, rows: int = 1) -> dict[str, torch.Tensor]:
     """Return what fills two files; with 17 rows, of more than 16 MiB the second."""
     return {"a.weight": fill((3, 5), seed=seed), "b.weight": fill((rows, 1 << 18), seed=seed)}
 

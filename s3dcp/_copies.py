@@ -16,8 +16,9 @@ be taken up where it ended because a claim says what it was a copy of:
 |                       |           | it goes first, commits before data                           |
 
 An index that another library wrote does not say which version of its files it means, and no commit
-says so of the files beside them. Such files are bare: where no claim is of this copy, what is there
-under their names stays if it has the same bytes, and is another checkpoint's if not.
+says so of the files beside them. Such files are bare: unless this copy's claim vouches for them,
+which it does as long as there is no commit, what is there under their names stays if it has the
+same bytes, and is another checkpoint's if not.
 """
 
 from __future__ import annotations
@@ -145,9 +146,17 @@ def items_of(commits: Mapping[str, bytes], source: str) -> dict[str, list[Item]]
     return {name: sorted(found[name], key=lambda item: item.start) for name in sorted(found)}
 
 
+def vouches(manifest: Manifest, there: Iterable[str], commits: Collection[str]) -> bool:
+    """Return whether a claim tells that bare files at the target are this copy's.
+
+    What was committed may have been replaced since, by files of the same names and sizes.
+    """
+    return not commits and not set(manifest.last).intersection(there)
+
+
 def others(
     manifest: Manifest,
-    there: Iterable[str],
+    there: Collection[str],
     commits: Mapping[str, bytes],
     *,
     claimed: bool,
@@ -155,7 +164,7 @@ def others(
 ) -> list[str]:
     """Return the names of what is at the target and of another checkpoint; arguments as `plan`."""
     found = [name for name, body in commits.items() if manifest.commits.get(name) != body]
-    if not claimed:
+    if not (claimed and vouches(manifest, there, commits)):
         found += [name for name in there if name in manifest.bare and name not in same]
     return found
 
@@ -176,7 +185,8 @@ def plan(
         there: The sizes of the files at the target that have names of the manifest's.
         commits: Those at the target.
         claimed: Whether an earlier run began to copy just this.
-        same: The bare files of which the target has the very bytes.
+        same: The bare files of which the target has the very bytes; needed only where no claim
+            vouches for them.
         named: What another checkpoint's commits at the target name; None if they cannot be read.
     """
     replaced = others(manifest, there, commits, claimed=claimed, same=same)

@@ -11,7 +11,7 @@ from pathlib import Path
 from s3dcp._budget import budget
 from s3dcp._cancellation import in_thread
 from s3dcp._config import S3ClientConfig
-from s3dcp._copies import CLAIM_NAME, Manifest, others, plan
+from s3dcp._copies import CLAIM_NAME, Manifest, others, plan, vouches
 from s3dcp._errors import (
     CheckpointChangedError,
     CheckpointExistsError,
@@ -91,8 +91,10 @@ def copy(
     `*.json`, `*.txt`, `*.model`, `*.py`, `*.md`, `*.jinja` or `*.tiktoken`, as a model's
     configuration and its tokenizer are. Not so what is called otherwise, what lies in folders below
     it (the shards of which the files were made, in `sharded/`, are a checkpoint of their own), and
-    indices of other weights. Such files, and safetensors that another library wrote, are compared
-    byte by byte with what is at the target, where an earlier run did not just copy them.
+    indices of other weights. No commit tells which version of such a file it means, nor of
+    safetensors that another library wrote. Where there are some at the target that a run that was
+    cut off has not copied, they are compared, by size and CRC64NVME: the same ones stay, any other
+    makes this another checkpoint. A store that keeps no CRC64NVME is read for that.
 
     Let one process at a time copy to a place. On a disk another one is refused. In a bucket it is
     found out only before the commit, when objects that both call the same may be the other's.
@@ -114,7 +116,7 @@ def copy(
         S3ConfigError: neither place is on S3, both are the same, or the source has checkpoints of
             both formats, and no `format`.
         CheckpointNotFoundError: there is none at the source.
-        CheckpointExistsError: another one is at the target.
+        CheckpointExistsError: another one is at the target, or another file of the same name.
         CheckpointChangedError: the source was changed meanwhile.
         CommitConflictError: another process copies to the same place.
         IntegrityError: the source is damaged or incomplete.
@@ -194,7 +196,14 @@ def _place(path: str | os.PathLike[str], channel: Channel) -> Bucket | Folder:
 
 @dataclass(frozen=True, slots=True)
 class _There:
-    """What is at the target: commits, the sizes of files, the claim, and which bare files."""
+    """What is at the target.
+
+    Attributes:
+        commits: Those of the copy's format; without their bytes where these are data.
+        sizes: Of the files that have names of the copy's.
+        claim: What it is going to be a copy of, if any was begun.
+        same: The bare files that are the copy's, where no claim vouches for them.
+    """
 
     commits: Mapping[str, bytes]
     sizes: Mapping[str, int]
@@ -292,13 +301,13 @@ class _Copying:
         commits |= {
             info.key: b""
             for info in infos
-            if holds_data(info.key)
-            if info.key not in manifest.files
+            if holds_data(info.key) and info.key not in manifest.files
         }
         files = await target.files(manifest.files)
         claim = await target.read(CLAIM_NAME)
         claimed = claim == manifest.claim
-        same = set() if claimed else await self._same(files, room)
+        vouched = claimed and vouches(manifest, files, commits)
+        same = set() if vouched else await self._same(files, room)
         found = others(manifest, files, commits, claimed=claimed, same=same)
         if found and not self.overwrite:
             raise CheckpointExistsError(
@@ -309,7 +318,7 @@ class _Copying:
         return _There(commits, sizes, claim, frozenset(same))
 
     async def _same(self, files: Mapping[str, ObjectInfo], room: Room) -> set[str]:
-        """Return which bare files are there already, byte for byte."""
+        """Return which bare files are there already."""
         bare = {name: info for name, info in files.items() if name in self.manifest.bare}
         unknown = [info for info in bare.values() if info not in self._compared]
         pairs = [(self.manifest.files[info.key], info) for info in unknown]

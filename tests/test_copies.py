@@ -99,9 +99,10 @@ class TestPlan:
             pytest.param({}, False, "", "a", id="other bytes, of nobody knows what"),
             pytest.param(OWN, False, "a", "", id="a copy already"),
             pytest.param(OWN, False, "", "a", id="of another with the same index"),
-            pytest.param(OWN, True, "", "", id="cut off"),
+            pytest.param({}, True, "", "", id="cut off"),
+            pytest.param(OWN, True, "", "a", id="saved anew, with the same index, since the claim"),
             pytest.param(OTHER, False, "a", ".metadata", id="in use by another"),
-            pytest.param(OTHER, True, "", ".metadata", id="cut off, and another came"),
+            pytest.param(OTHER, True, "a", ".metadata", id="cut off, and another came"),
         ],
     )
     def test_a_bare_file_is_known_by_its_bytes_alone(

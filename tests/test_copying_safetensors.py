@@ -377,6 +377,30 @@ class TestCutOff:
         assert_same(load(state, "run"), state)
         assert ".s3dcp-copy" not in names(fake, "run")
 
+    @pytest.mark.parametrize("single", [False, True])
+    def test_another_was_saved_there_since(
+        self, fake: FakeS3, tmp_path: Path, single: bool
+    ) -> None:
+        """Of the same names and sizes, and with the same index; the claim is still there."""
+        pretrained(tmp_path / "model", tensors(1), single=single)
+        copy(tmp_path / "model", RUN)
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key=f"run/{FILES[1]}", skip=1)
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key=f"run/{SINGLE}", skip=1)
+        with pytest.raises(S3Exception):
+            copy(RUN, tmp_path / "copy")
+        assert ".s3dcp-copy" in on_disk(tmp_path / "copy")
+        pretrained(tmp_path / "copy", tensors(2), single=single)
+        there = contents(tmp_path / "copy")
+
+        with pytest.raises(CheckpointExistsError):
+            copy(RUN, tmp_path / "copy")
+
+        assert contents(tmp_path / "copy") == there
+        copy(RUN, tmp_path / "copy", overwrite=True)
+        found, copied = contents(tmp_path / "copy"), contents(tmp_path / "model")
+        weights = [SINGLE] if single else FILES
+        assert all(found[name] == copied[name] != there[name] for name in weights)
+
     def test_of_another_it_takes_over_nothing_but_what_is_the_same(
         self, fake: FakeS3, tmp_path: Path
     ) -> None:

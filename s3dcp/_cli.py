@@ -162,7 +162,11 @@ def verify(
 @on_store
 @_format
 @click.option("--overwrite", is_flag=True, help="Replace another checkpoint that is at DST.")
-@click.option("--no-verify", is_flag=True, help="Do not compare the items' checksums.")
+@click.option(
+    "--no-verify",
+    is_flag=True,
+    help="Do not compare the items' checksums, nor look into safetensors files.",
+)
 @as_json_option
 def cp(
     source: str,
@@ -179,10 +183,10 @@ def cp(
     SRC and DST are the checkpoint's folder and the copy's own: s3://BUCKET/FOLDER, or a path. Both
     may be on S3.
 
-    Copied is all that the checkpoint names: of DCP, what its .metadata does; of safetensors, what
-    the index or manifest does, or model.safetensors. Beside safetensors, *.json, *.txt, *.model,
-    *.py, *.md, *.jinja and *.tiktoken in the same folder go with them; other files, and folders
-    below, do not.
+    Copied is what the checkpoint names: of DCP, what its .metadata does; of safetensors, what the
+    index or the manifest of shards does, or else model.safetensors. With safetensors go a model's
+    small files in the same folder: *.json, *.txt, *.model, *.py, *.md, *.jinja and *.tiktoken.
+    Other files and folders below stay behind.
 
     The same command goes on with a copy that was cut off. Until the end, DST is no checkpoint.
     """

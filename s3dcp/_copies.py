@@ -15,10 +15,10 @@ be taken up where it ended because a claim says what it was a copy of:
 |                       |           | loadable until the commit, if no name is used by both; else  |
 |                       |           | it goes first, commits before data                           |
 
-An index that another library wrote does not say which version of its files it means, and no commit
-says so of the files beside them. Such files are bare: unless this copy's claim vouches for them,
-which it does as long as there is no commit, what is there under their names stays if it has the
-same bytes, and is another checkpoint's if not.
+That holds for DCP, whose files nobody else calls so, and whose commits are of one save each. Files
+of other formats are bare. What is there under their names is vouched for by this copy's claim, as
+long as there is no commit, and by the source's own commits, if they say of which save the file is.
+Otherwise it stays if it has the same bytes, and is another checkpoint's if not.
 """
 
 from __future__ import annotations
@@ -64,13 +64,15 @@ class Manifest:
         files: What the commits name, and what goes with it; an ETag stands for a version of the
             bytes.
         items: Those of each file, where any are known.
-        bare: The files that the commits do not tell from others of the same name and size.
+        bare: The files of which others may be called the same.
+        sealed: Those among them of which the commits say which save they are of.
     """
 
     commits: Mapping[str, bytes]
     files: Mapping[str, ObjectInfo]
     items: Mapping[str, Sequence[Item]]
     bare: AbstractSet[str] = frozenset()
+    sealed: AbstractSet[str] = frozenset()
 
     @property
     def last(self) -> tuple[str, ...]:
@@ -146,12 +148,14 @@ def items_of(commits: Mapping[str, bytes], source: str) -> dict[str, list[Item]]
     return {name: sorted(found[name], key=lambda item: item.start) for name in sorted(found)}
 
 
-def vouches(manifest: Manifest, there: Iterable[str], commits: Collection[str]) -> bool:
-    """Return whether a claim tells that bare files at the target are this copy's.
-
-    What was committed may have been replaced since, by files of the same names and sizes.
-    """
-    return not commits and not set(manifest.last).intersection(there)
+def doubtful(
+    manifest: Manifest, there: Iterable[str], commits: Mapping[str, bytes], *, claimed: bool
+) -> AbstractSet[str]:
+    """Return the files at the target of which only their bytes tell whose they are; see `plan`."""
+    found = manifest.bare & set(there)
+    if claimed and not commits and found.isdisjoint(manifest.last):
+        return set()  # a claim is none of what was committed: that may have been replaced since
+    return found - manifest.sealed if commits and commits == manifest.commits else found
 
 
 def others(
@@ -164,9 +168,7 @@ def others(
 ) -> list[str]:
     """Return the names of what is at the target and of another checkpoint; arguments as `plan`."""
     found = [name for name, body in commits.items() if manifest.commits.get(name) != body]
-    if not (claimed and vouches(manifest, there, commits)):
-        found += [name for name in there if name in manifest.bare and name not in same]
-    return found
+    return found + sorted(doubtful(manifest, there, commits, claimed=claimed) - set(same))
 
 
 def plan(
@@ -185,8 +187,7 @@ def plan(
         there: The sizes of the files at the target that have names of the manifest's.
         commits: Those at the target.
         claimed: Whether an earlier run began to copy just this.
-        same: The bare files of which the target has the very bytes; needed only where no claim
-            vouches for them.
+        same: The doubtful files that have the very bytes.
         named: What another checkpoint's commits at the target name; None if they cannot be read.
     """
     replaced = others(manifest, there, commits, claimed=claimed, same=same)

@@ -11,7 +11,7 @@ from pathlib import Path
 from s3dcp._budget import budget
 from s3dcp._cancellation import in_thread
 from s3dcp._config import S3ClientConfig
-from s3dcp._copies import CLAIM_NAME, Manifest, others, plan, vouches
+from s3dcp._copies import CLAIM_NAME, Manifest, doubtful, others, plan
 from s3dcp._errors import (
     CheckpointChangedError,
     CheckpointExistsError,
@@ -91,10 +91,10 @@ def copy(
     `*.json`, `*.txt`, `*.model`, `*.py`, `*.md`, `*.jinja` or `*.tiktoken`, as a model's
     configuration and its tokenizer are. Not so what is called otherwise, what lies in folders below
     it (the shards of which the files were made, in `sharded/`, are a checkpoint of their own), and
-    indices of other weights. No commit tells which version of such a file it means, nor of
-    safetensors that another library wrote. Where there are some at the target that a run that was
-    cut off has not copied, they are compared, by size and CRC64NVME: the same ones stay, any other
-    makes this another checkpoint. A store that keeps no CRC64NVME is read for that.
+    indices of other weights. Of such files, and of safetensors that another library wrote, no
+    commit says which version it means. So those at the target are compared, by size and CRC64NVME,
+    unless a run that was cut off copied them: the same ones stay, and any other one is another
+    checkpoint's. A store that keeps no CRC64NVME is read for that.
 
     Let one process at a time copy to a place. On a disk another one is refused. In a bucket it is
     found out only before the commit, when objects that both call the same may be the other's.
@@ -202,7 +202,7 @@ class _There:
         commits: Those of the copy's format; without their bytes where these are data.
         sizes: Of the files that have names of the copy's.
         claim: What it is going to be a copy of, if any was begun.
-        same: The bare files that are the copy's, where no claim vouches for them.
+        same: Those that are the copy's, though nothing but their bytes tells.
     """
 
     commits: Mapping[str, bytes]
@@ -306,8 +306,8 @@ class _Copying:
         files = await target.files(manifest.files)
         claim = await target.read(CLAIM_NAME)
         claimed = claim == manifest.claim
-        vouched = claimed and vouches(manifest, files, commits)
-        same = set() if vouched else await self._same(files, room)
+        unsure = doubtful(manifest, files, commits, claimed=claimed)
+        same = await self._same([files[name] for name in sorted(unsure)], room)
         found = others(manifest, files, commits, claimed=claimed, same=same)
         if found and not self.overwrite:
             raise CheckpointExistsError(
@@ -317,14 +317,13 @@ class _Copying:
         sizes = {name: info.size_bytes for name, info in files.items()}
         return _There(commits, sizes, claim, frozenset(same))
 
-    async def _same(self, files: Mapping[str, ObjectInfo], room: Room) -> set[str]:
-        """Return which bare files are there already."""
-        bare = {name: info for name, info in files.items() if name in self.manifest.bare}
-        unknown = [info for info in bare.values() if info not in self._compared]
+    async def _same(self, files: Sequence[ObjectInfo], room: Room) -> set[str]:
+        """Return which files at the target have the bytes of the source's."""
+        unknown = [info for info in files if info not in self._compared]
         pairs = [(self.manifest.files[info.key], info) for info in unknown]
         found = await same_files(self.source, self.target, pairs, room)
         self._compared |= {info: info.key in found for info in unknown}
-        return {name for name, info in bare.items() if self._compared[info]}
+        return {info.key for info in files if self._compared[info]}
 
     def _named(self, commits: Mapping[str, bytes]) -> set[str] | None:
         """Return what the commits at the target name, or None if that cannot be known."""

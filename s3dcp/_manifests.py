@@ -56,7 +56,8 @@ async def manifest_of(
         commits=bodies,
         files={name: files[name] for name in sorted(files)},
         items=await _items(place, stored, indices) if look_into else {},
-        bare=files.keys() - {name for index in indices for name in index.saved},
+        bare=files.keys(),
+        sealed={name for index in indices for name in index.saved},
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from hashlib import sha256
 from random import Random
 from typing import TYPE_CHECKING
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from s3dcp import CorruptMetadataError
 from s3dcp._checksums import crc_of, crcs_of
-from s3dcp._copies import Checks, Item, Manifest, items_of, others, part_bytes_of, plan
+from s3dcp._copies import Checks, Item, Manifest, doubtful, items_of, others, part_bytes_of, plan
 from s3dcp._ranges import MiB
 from s3dcp._store import ObjectInfo, Part, PartList
 from tests._catalogs import metadata_of
@@ -113,6 +114,16 @@ class TestPlan:
         found = others(bare, {"a", "b"}, commits, claimed=claimed, same=same)
 
         assert found == [replaced] * bool(replaced)
+
+    @pytest.mark.parametrize(
+        ("commits", "found"), [(OWN, {"a"}), (OTHER, {"a", "b"}), ({}, {"a", "b"})]
+    )
+    def test_a_sealed_file_is_known_by_the_sources_own_commit(
+        self, commits: dict[str, bytes], found: set[str]
+    ) -> None:
+        sealed = replace(manifest(bare="ab"), sealed=frozenset("b"))
+
+        assert doubtful(sealed, "abc", commits, claimed=False) == found
 
     def test_a_bare_file_that_is_the_same_stays_though_others_go(self) -> None:
         there = {"a": 10, "b": 10}

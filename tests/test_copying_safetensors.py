@@ -160,6 +160,18 @@ class TestOurs:
         assert copy(RUN, tmp_path).copied_objects == 1
         assert_same(loaded_by_the_library(tmp_path), state)
 
+    def test_a_file_of_the_same_name_that_no_index_names_is_not_lost(
+        self, fake: FakeS3, tmp_path: Path
+    ) -> None:
+        save(tensors(), "run")
+        [name] = [name for name in names(fake, "run") if name != INDEX]
+        (tmp_path / name).write_bytes(b"mine")
+
+        with pytest.raises(CheckpointExistsError, match=f"{name} is another"):
+            copy(RUN, tmp_path)
+
+        assert contents(tmp_path) == {name: b"mine"}
+
     def test_without_the_shards_that_they_were_made_of(self, fake: FakeS3, tmp_path: Path) -> None:
         save(tensors(), "run", save_distributed=True, enable_consolidation=True)
         assert f"sharded/{MANIFEST}" in names(fake, "run")

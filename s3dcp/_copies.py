@@ -32,14 +32,12 @@ from pathlib import Path
 
 from s3dcp._checksums import combine
 from s3dcp._errors import CheckpointChangedError, CorruptMetadataError
-from s3dcp._formats import is_commit
+from s3dcp._formats import CLAIM_NAME, is_commit
 from s3dcp._keys import S3Uri
 from s3dcp._metadata import crcs_of, load_metadata
 from s3dcp._ranges import MAX_PARTS, MIN_PART_BYTES
 from s3dcp._store import ObjectInfo, PartList
 
-#: What a claim is called, in the folder that is being written.
-CLAIM_NAME = ".s3dcp-copy"
 #: What follows the name of a file that is not whole yet.
 PARTIAL_SUFFIX = ".partial"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from s3dcp._budget import budget
 from s3dcp._cancellation import in_thread
 from s3dcp._config import S3ClientConfig
-from s3dcp._copies import CLAIM_NAME, Manifest, doubtful, others, plan
+from s3dcp._copies import Manifest, doubtful, others, plan
 from s3dcp._errors import (
     CheckpointChangedError,
     CheckpointExistsError,
@@ -21,7 +21,7 @@ from s3dcp._errors import (
     S3ConfigError,
 )
 from s3dcp._flow import Channel
-from s3dcp._formats import FORMATS, Format, FormatName, holds_data
+from s3dcp._formats import CLAIM_NAME, FORMATS, Format, FormatName, holds_data
 from s3dcp._inventory import folder_of, only
 from s3dcp._keys import parse_s3_uri, uri_text
 from s3dcp._manifests import manifest_of, names_of, read_commits

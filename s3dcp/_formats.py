@@ -32,6 +32,8 @@ SINGLE_NAME = "model.safetensors"
 #: Where the shards lie of which full files were made.
 SHARDED_FOLDER = "sharded"
 SUFFIX = ".safetensors"
+#: What a copy calls the object that says, as long as it is under way, what it is a copy of.
+CLAIM_NAME = ".s3dcp-copy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

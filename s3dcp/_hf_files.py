@@ -40,7 +40,7 @@ from s3dcp._errors import (
     ObjectNotFoundError,
 )
 from s3dcp._flow import Channel, wait_all
-from s3dcp._formats import INDEX_NAME, MANIFEST_NAME, SINGLE_NAME, SUFFIX
+from s3dcp._formats import CLAIM_NAME, INDEX_NAME, MANIFEST_NAME, SINGLE_NAME, SUFFIX
 from s3dcp._hf_index import (
     OFFSETS_KEY,
     SAVE_ID_KEY,
@@ -164,6 +164,12 @@ async def _uncommitted(channel: Channel, base: S3Uri) -> list[str]:
         return [SINGLE_NAME]
     folder = join(base.key, "")
     listed = await list_all(channel, S3Uri(base.bucket, folder), delimiter="/")
+    if any(info.key == f"{folder}{CLAIM_NAME}" for info in listed):
+        raise CheckpointNotFoundError(
+            f"No checkpoint at {base}: a copy to it has not finished. Copy again, or load another",
+            bucket=base.bucket,
+            key=base.key,
+        )
     names = [info.key.removeprefix(folder) for info in listed if info.key.endswith(SUFFIX)]
     if not names:
         raise CheckpointNotFoundError(

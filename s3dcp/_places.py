@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from s3dcp._copies import CLAIM_NAME, PARTIAL_SUFFIX, changed
+from s3dcp._copies import PARTIAL_SUFFIX, changed
 from s3dcp._disk import fill, lock, naming, partial_of, publish_file, sync_folder, version_of
 from s3dcp._downloads import Downloads
 from s3dcp._errors import (
@@ -22,7 +22,7 @@ from s3dcp._errors import (
     S3ServiceError,
 )
 from s3dcp._flow import Channel, wait_all
-from s3dcp._formats import Format
+from s3dcp._formats import CLAIM_NAME, Format
 from s3dcp._inventory import commits_by_folder, place_of
 from s3dcp._keys import S3Uri, child_key
 from s3dcp._portal import offload

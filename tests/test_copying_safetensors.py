@@ -348,6 +348,21 @@ class TestCutOff:
         assert copy(tmp_path / "model", RUN).copied_objects == (1 if single else 0)
         assert set(names(fake, "run")) == {*files, commit}
 
+    def test_what_is_there_of_it_is_not_loaded(self, fake: FakeS3, tmp_path: Path) -> None:
+        """As files without an index are, if nothing tells that they are not all."""
+        state = pretrained(tmp_path, tensors())
+        fake.inject(Refuse("AccessDenied"), operation="PutObject", key=f"*/{INDEX}")
+        with pytest.raises(S3Exception):
+            copy(tmp_path, RUN)
+
+        with pytest.raises(AssertionError, match="a copy to it has not finished"):
+            load(state, "run")
+        assert (
+            "a copy to it has not finished" in run("verify", RUN, "--format", "safetensors").stderr
+        )
+        fake.delete(BUCKET, "run/.s3dcp-copy")
+        assert_same(load(state, "run"), state)
+
     @pytest.mark.parametrize("single", [False, True])
     def test_killed_on_its_way_down(
         self, fake: FakeS3, zygote: Zygote, tmp_path: Path, single: bool

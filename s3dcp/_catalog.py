@@ -21,7 +21,7 @@ from s3dcp._errors import (
     S3ConfigError,
 )
 from s3dcp._flow import Channel, wait_all
-from s3dcp._formats import FORMATS, SAFETENSORS, Format, FormatName, format_of
+from s3dcp._formats import SAFETENSORS, Format, FormatName, format_of
 from s3dcp._hf_files import read_header
 from s3dcp._hf_index import SAVE_ID_KEY
 from s3dcp._inventory import (
@@ -31,6 +31,7 @@ from s3dcp._inventory import (
     doomed,
     folder_of,
     needless,
+    only,
     order_of,
     orphans,
     place_of,
@@ -40,7 +41,7 @@ from s3dcp._keys import S3Uri, parse_s3_uri
 from s3dcp._publish import exists
 from s3dcp._s3client import S3Client, list_all, list_uploads
 from s3dcp._store import ObjectInfo, UploadInfo
-from s3dcp._survey import CommitReader, Survey, only, survey
+from s3dcp._survey import CommitReader, Survey, survey
 
 _log = logging.getLogger("s3dcp.catalog")
 
@@ -230,10 +231,10 @@ async def _latest(channel: Channel, root: S3Uri, format_: Format) -> CheckpointI
 
 
 async def _delete(channel: Channel, root: S3Uri, name: FormatName | None) -> None:
-    wanted = FORMATS if name is None else [format_of(name)]
     found = await survey(channel, root)
-    here = [each for each in found.checkpoints if each.folder == root and each.format in wanted]
-    only([each.format for each in here], root)
+    there = [each for each in found.checkpoints if each.folder == root]
+    chosen = only(name, [each.format for each in there], root)
+    here = [each for each in there if each.format is chosen]
     here += shards_of(here, found.checkpoints)
     for each in found.everywhere:
         if each.contents.unreadable and root.key.startswith(each.folder.key):

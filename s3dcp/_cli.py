@@ -45,7 +45,7 @@ _format = click.option(
     "--format",
     "format_name",
     type=click.Choice([each.name for each in FORMATS]),
-    help="Which checkpoint at URI is meant, where there are both.",
+    help="Which checkpoint is meant, where there are both.",
 )
 
 
@@ -160,14 +160,20 @@ def verify(
 @click.argument("source", metavar="SRC")
 @click.argument("target", metavar="DST")
 @on_store
+@_format
 @click.option("--overwrite", is_flag=True, help="Replace another checkpoint that is at DST.")
-@click.option("--no-verify", is_flag=True, help="Do not compare the items' checksums.")
+@click.option(
+    "--no-verify",
+    is_flag=True,
+    help="Do not compare the items' checksums, nor look into safetensors files.",
+)
 @as_json_option
 def cp(
     source: str,
     target: str,
     store: dict[str, Any],
     *,
+    format_name: FormatName | None,
     overwrite: bool,
     no_verify: bool,
     as_json: bool,
@@ -177,6 +183,11 @@ def cp(
     SRC and DST are the checkpoint's folder and the copy's own: s3://BUCKET/FOLDER, or a path. Both
     may be on S3.
 
+    Copied is what the checkpoint names: of DCP, what its .metadata does; of safetensors, what the
+    index or the manifest of shards does, or else model.safetensors. With safetensors go a model's
+    small files in the same folder: *.json, *.txt, *.model, *.py, *.md, *.jinja and *.tiktoken.
+    Other files and folders below stay behind.
+
     The same command goes on with a copy that was cut off. Until the end, DST is no checkpoint.
     """
     config = dataclasses.replace(store["s3client_config"], memory_budget_bytes=_COPY_BYTES)
@@ -185,6 +196,7 @@ def cp(
         report = copy(
             source,
             target,
+            format=format_name,
             overwrite=overwrite,
             verify=not no_verify,
             progress=bar.advance,

@@ -20,6 +20,7 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
@@ -34,7 +35,7 @@ from botocore.loaders import JSONFileLoader, create_loader
 from botocore.parsers import ResponseParserError
 from botocore.utils import parse_timestamp
 
-from s3dcp._checksums import decoded, encoded
+from s3dcp._checksums import ITEM_CHECKSUM, decoded, encoded
 from s3dcp._config import ChecksumName, S3ClientConfig
 from s3dcp._errors import PreconditionFailedError, S3Exception, S3ProtocolError, S3TimeoutError
 from s3dcp._failures import mapped, setup_error
@@ -138,12 +139,15 @@ class S3Store:
             await receive(response, into, self._idle_s)
             return _info(uri, answer, size)
 
-    async def head(self, uri: S3Uri) -> ObjectInfo:
+    async def head(self, uri: S3Uri, *, with_crc: bool = False) -> ObjectInfo:
         with mapped("HeadObject", uri):
-            answer = await self._call("head_object", uri, **self._read_args())
+            mode = {"ChecksumMode": "ENABLED"} if with_crc else {}
+            answer = await self._call("head_object", uri, **mode, **self._read_args())
             if "ContentLength" not in answer:
                 raise S3ProtocolError("The answer does not say how large the object is")
-            return _info(uri, answer, int(answer["ContentLength"]))
+            info = _info(uri, answer, int(answer["ContentLength"]))
+            checksum = decoded(ITEM_CHECKSUM, answer.get(f"Checksum{ITEM_CHECKSUM}", ""))
+            return replace(info, crc=checksum.value) if checksum else info
 
     async def list(self, uri: S3Uri, *, delimiter: str = "") -> AsyncIterator[ObjectInfo]:
         client = await self._opened()

@@ -14,24 +14,30 @@ be taken up where it ended because a claim says what it was a copy of:
 | another checkpoint's  |           | refused, unless it may be replaced. Then the old one stays   |
 |                       |           | loadable until the commit, if no name is used by both; else  |
 |                       |           | it goes first, commits before data                           |
+
+That holds for DCP, whose files nobody else calls so, and whose commits are of one save each. Files
+of other formats are bare. What is there under their names is vouched for by this copy's claim, as
+long as there is no commit, and by the source's own commits, if they say of which save the file is.
+Otherwise it stays if it has the same bytes, and is another checkpoint's if not.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from hashlib import sha256
+from pathlib import Path
 
 from s3dcp._checksums import combine
-from s3dcp._errors import CorruptMetadataError
-from s3dcp._formats import is_commit
+from s3dcp._errors import CheckpointChangedError, CorruptMetadataError
+from s3dcp._formats import CLAIM_NAME, is_commit
+from s3dcp._keys import S3Uri
 from s3dcp._metadata import crcs_of, load_metadata
 from s3dcp._ranges import MAX_PARTS, MIN_PART_BYTES
 from s3dcp._store import ObjectInfo, PartList
 
-#: What a claim is called, in the folder that is being written.
-CLAIM_NAME = ".s3dcp-copy"
 #: What follows the name of a file that is not whole yet.
 PARTIAL_SUFFIX = ".partial"
 
@@ -53,13 +59,23 @@ class Manifest:
     Attributes:
         commits: Their bytes by name, in the order in which they are written: `__0.metadata` last
             of the ranks', as a gap below others shows that ranks are missing.
-        files: What the commits name; an ETag stands for a version of the bytes.
-        items: Those of each file.
+        files: What the commits name, and what goes with it; an ETag stands for a version of the
+            bytes.
+        items: Those of each file, where any are known.
+        bare: The files of which others may be called the same.
+        sealed: Those among them of which the commits say which save they are of.
     """
 
     commits: Mapping[str, bytes]
     files: Mapping[str, ObjectInfo]
     items: Mapping[str, Sequence[Item]]
+    bare: AbstractSet[str] = frozenset()
+    sealed: AbstractSet[str] = frozenset()
+
+    @property
+    def last(self) -> tuple[str, ...]:
+        """The files that are commits too, and come after the others."""
+        return tuple(filter(is_commit, self.files))
 
     @property
     def size_bytes(self) -> int:
@@ -93,8 +109,25 @@ class Plan:
     trusted: bool
 
 
+def changed(where: S3Uri | Path) -> CheckpointChangedError:
+    """Return the error for a file that is another one by now."""
+    return CheckpointChangedError(
+        f"{where} was replaced or deleted while it was being copied: copy the checkpoint again"
+    )
+
+
+def is_reserved(name: str) -> bool:
+    """Return whether a name is one that no data has."""
+    return name == CLAIM_NAME or is_commit(name)
+
+
+def forged(commit: str, name: str) -> CorruptMetadataError:
+    """Return the error for a commit that names as its data what is reserved."""
+    return CorruptMetadataError(f"{commit} is forged: it names {name!r} as its data")
+
+
 def items_of(commits: Mapping[str, bytes], source: str) -> dict[str, list[Item]]:
-    """Return what commits name: the items of each file, in order.
+    """Return what commits of DCP name: the items of each file, in order.
 
     Raises:
         CorruptMetadataError: a commit cannot be read, or names another commit as its data.
@@ -103,10 +136,8 @@ def items_of(commits: Mapping[str, bytes], source: str) -> dict[str, list[Item]]
     for commit, body in commits.items():
         metadata = load_metadata(body, source=f"{source}{commit}")
         for index, info in metadata.storage_data.items():
-            if is_commit(info.relative_path) or info.relative_path == CLAIM_NAME:
-                raise CorruptMetadataError(
-                    f"{source}{commit} is forged: it names {info.relative_path!r} as its data"
-                )
+            if is_reserved(info.relative_path):
+                raise forged(f"{source}{commit}", info.relative_path)
             crcs = crcs_of(info)
             end = info.offset + info.length
             crc = None if crcs is None else crcs.item
@@ -115,9 +146,27 @@ def items_of(commits: Mapping[str, bytes], source: str) -> dict[str, list[Item]]
     return {name: sorted(found[name], key=lambda item: item.start) for name in sorted(found)}
 
 
-def differs(manifest: Manifest, commits: Mapping[str, bytes]) -> bool:
-    """Return whether the commits at the target are those of another checkpoint."""
-    return any(manifest.commits.get(name) != body for name, body in commits.items())
+def doubtful(
+    manifest: Manifest, there: Iterable[str], commits: Mapping[str, bytes], *, claimed: bool
+) -> AbstractSet[str]:
+    """Return the files at the target of which only their bytes tell whose they are; see `plan`."""
+    found = manifest.bare & set(there)
+    if claimed and not commits and found.isdisjoint(manifest.last):
+        return set()  # a claim is none of what was committed: that may have been replaced since
+    return found - manifest.sealed if commits and commits == manifest.commits else found
+
+
+def others(
+    manifest: Manifest,
+    there: Collection[str],
+    commits: Mapping[str, bytes],
+    *,
+    claimed: bool,
+    same: Collection[str] = (),
+) -> list[str]:
+    """Return the names of what is at the target and of another checkpoint; arguments as `plan`."""
+    found = [name for name, body in commits.items() if manifest.commits.get(name) != body]
+    return found + sorted(doubtful(manifest, there, commits, claimed=claimed) - set(same))
 
 
 def plan(
@@ -126,6 +175,7 @@ def plan(
     commits: Mapping[str, bytes],
     *,
     claimed: bool,
+    same: Collection[str] = (),
     named: Iterable[str] | None = (),
 ) -> Plan:
     """Decide what to copy, and what goes.
@@ -135,25 +185,29 @@ def plan(
         there: The sizes of the files at the target that have names of the manifest's.
         commits: Those at the target.
         claimed: Whether an earlier run began to copy just this.
+        same: The doubtful files that have the very bytes.
         named: What another checkpoint's commits at the target name; None if they cannot be read.
     """
-    replaces = differs(manifest, commits)
+    replaced = others(manifest, there, commits, claimed=claimed, same=same)
+    replaces = bool(replaced)
     clash = replaces and (
         named is None
-        or not manifest.files.keys().isdisjoint(named)
+        or not manifest.files.keys().isdisjoint({*named, *replaced})
         or not commits.keys() <= manifest.commits.keys()
     )
     trusted = not clash and (claimed or (bool(commits) and not replaces))
     missing = tuple(
         name
         for name, info in manifest.files.items()
-        if not (trusted and there.get(name) == info.size_bytes)
+        if name not in same and not (trusted and there.get(name) == info.size_bytes)
     )
     stale = [name for name in missing if name in there]
-    old = sorted(set(named or ()) - manifest.files.keys()) if replaces else []
+    first = [name for name in manifest.last if name in stale]
+    gone = set(named or ()) - manifest.files.keys() if replaces else ()
+    old = sorted(name for name in gone if not is_commit(name))
     return Plan(
         missing=missing,
-        uncommitted=tuple(commits) if clash else (),
+        uncommitted=(*commits, *first) if clash else (),
         removed_first=(*old, *stale) if clash else tuple(stale),
         removed_last=() if clash else tuple(old),
         trusted=trusted,

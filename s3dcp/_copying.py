@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from s3dcp._budget import budget
 from s3dcp._cancellation import in_thread
 from s3dcp._config import S3ClientConfig
-from s3dcp._copies import CLAIM_NAME, Item, Manifest, Plan, differs, items_of, plan
+from s3dcp._copies import Manifest, doubtful, others, plan
 from s3dcp._errors import (
     CheckpointChangedError,
     CheckpointExistsError,
     CommitConflictError,
     CorruptMetadataError,
-    IntegrityError,
     InvalidS3UriError,
     S3ConfigError,
 )
 from s3dcp._flow import Channel
-from s3dcp._inventory import Contents, folder_of, problem_of
+from s3dcp._formats import CLAIM_NAME, FORMATS, Format, FormatName, holds_data
+from s3dcp._inventory import folder_of, only
 from s3dcp._keys import parse_s3_uri, uri_text
-from s3dcp._movers import Cargo, Room, copy_within, download
-from s3dcp._places import Bucket, Folder, Place
+from s3dcp._manifests import manifest_of, names_of, read_commits
+from s3dcp._movers import Cargo, Room, copy_within, download, same_files
+from s3dcp._places import Bucket, Folder
 from s3dcp._portal import offload
 from s3dcp._s3client import S3Client
 from s3dcp._sending import upload
@@ -47,7 +48,7 @@ class CopyReport:
     """What a copy did.
 
     Attributes:
-        objects: How many data objects the checkpoint has.
+        objects: How many files the checkpoint has, but for what only describes them.
         size_bytes: Their size.
         copied_objects: How many of them were not there already.
         copied_bytes: Bytes that were moved: less than the size of these objects where one was
@@ -71,6 +72,7 @@ def copy(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
+    format: FormatName | None = None,  # noqa: A002 - the word that its users know
     overwrite: bool = False,
     verify: bool = True,
     progress: Progress = _silent,
@@ -85,29 +87,41 @@ def copy(
     that an upload has are compared with the file, and not sent again. Until then they are stored
     and paid for, where no `abort_uploads` removes them.
 
+    With a checkpoint of safetensors files goes what lies beside them in its folder and is called
+    `*.json`, `*.txt`, `*.model`, `*.py`, `*.md`, `*.jinja` or `*.tiktoken`, as a model's
+    configuration and its tokenizer are. Not so what is called otherwise, what lies in folders below
+    it (the shards of which the files were made, in `sharded/`, are a checkpoint of their own), and
+    indices of other weights. Of such files, and of safetensors that another library wrote, no
+    commit says which version it means. So those at the target are compared, by size and CRC64NVME,
+    unless a run that was cut off copied them: the same ones stay, and any other one is another
+    checkpoint's. A store that keeps no CRC64NVME is read for that.
+
     Let one process at a time copy to a place. On a disk another one is refused. In a bucket it is
     found out only before the commit, when objects that both call the same may be the other's.
 
     Args:
         source: The checkpoint's folder, `s3://bucket/folder` or a path.
         target: The copy's own folder.
+        format: Which checkpoint is meant, where there are both.
         overwrite: Whether another checkpoint that is there may be replaced. It stays loadable
             until the commit if both use different names, as s3dcp's saves do; else it goes first.
         verify: Compare the checksums (CRC64NVME) of items that have one as they pass by. Within S3
-            they do not: the store copies by itself.
+            they do not: the store copies by itself. Before that, the headers of safetensors files
+            are read: they must fit the files and the index.
         progress: Told, on another thread, how many bytes more are copied, and of how many in all.
         region: The buckets' region.
         s3client_config: Settings of the client.
 
     Raises:
-        S3ConfigError: neither place is on S3, or both are the same.
+        S3ConfigError: neither place is on S3, both are the same, or the source has checkpoints of
+            both formats, and no `format`.
         CheckpointNotFoundError: there is none at the source.
-        CheckpointExistsError: another one is at the target.
+        CheckpointExistsError: another one is at the target, or another file of the same name.
         CheckpointChangedError: the source was changed meanwhile.
         CommitConflictError: another process copies to the same place.
         IntegrityError: the source is damaged or incomplete.
-        CorruptMetadataError, InvalidS3UriError: so are its commits, or they name what lies outside
-            of the folder.
+        CorruptMetadataError, InvalidS3UriError: so are its commits or its files' headers, or they
+            name what lies outside of the folder.
         OSError: the disk refused something.
         S3Exception: as the store.
     """
@@ -117,6 +131,7 @@ def copy(
     copying = _Copying(
         source=_place(source, channel),
         target=_place(target, channel),
+        format_name=format,
         overwrite=overwrite,
         verify=verify,
         progress=progress,
@@ -125,17 +140,18 @@ def copy(
         raise S3ConfigError(f"One of {source} and {target} must be an s3:// URI")
     if str(copying.source) == str(copying.target):
         raise S3ConfigError(f"{target} is what is to be copied: copy it to another place")
-    portal.call(copying.prepare)
     config = client.s3client_config
     limit_bytes = config.memory_bytes()
-    with copying.target.alone(), budget().share(limit_bytes) as share:
-        share.take(limit_bytes // 2)  # so that saves and loads can go on
-        room = Room(
-            memory_bytes=limit_bytes // 2,
-            part_bytes=config.part_size,
-            connections=channel.slots.count,
-        )
-        portal.call(copying.run, room)
+    room = Room(
+        memory_bytes=limit_bytes // 2,
+        part_bytes=config.part_size,
+        connections=channel.slots.count,
+    )
+    with budget().share(limit_bytes) as share:
+        share.take(room.memory_bytes)  # not all, so that saves and loads can go on
+        portal.call(copying.prepare, room)
+        with copying.target.alone():
+            portal.call(copying.run, room)
     return copying.report(tally.totals())
 
 
@@ -143,6 +159,7 @@ async def acopy(
     source: str | os.PathLike[str],
     target: str | os.PathLike[str],
     *,
+    format: FormatName | None = None,  # noqa: A002 - as above
     overwrite: bool = False,
     verify: bool = True,
     progress: Progress = _silent,
@@ -159,6 +176,7 @@ async def acopy(
         copy,
         source,
         target,
+        format=format,
         overwrite=overwrite,
         verify=verify,
         progress=progress,
@@ -176,61 +194,74 @@ def _place(path: str | os.PathLike[str], channel: Channel) -> Bucket | Folder:
     return Folder(Path(text).absolute())
 
 
+@dataclass(frozen=True, slots=True)
+class _There:
+    """What is at the target.
+
+    Attributes:
+        commits: Those of the copy's format; without their bytes where these are data.
+        sizes: Of the files that have names of the copy's.
+        claim: What it is going to be a copy of, if any was begun.
+        same: Those that are the copy's, though nothing but their bytes tells.
+    """
+
+    commits: Mapping[str, bytes]
+    sizes: Mapping[str, int]
+    claim: bytes | None
+    same: frozenset[str]
+
+
 @dataclass(slots=True, kw_only=True)
 class _Copying:
     """One copy. `prepare` and `run` are for the portal."""
 
     source: Bucket | Folder
     target: Bucket | Folder
+    format_name: FormatName | None
     overwrite: bool
     verify: bool
     progress: Progress
     manifest: Manifest = field(init=False)
+    _format: Format = field(init=False)
     _from: tuple[ObjectInfo, ...] = field(init=False)
+    _compared: dict[ObjectInfo, bool] = field(default_factory=dict)
     _copied: tuple[ObjectInfo, ...] = ()
     _resumed_bytes: int = 0
 
-    async def prepare(self) -> None:
+    async def prepare(self, room: Room) -> None:
         """Find out what is to be copied, and refuse it before anything is changed."""
-        self._from = await self.source.commits()
-        commits = await _read_all(self.source, self._from)
-        if not commits:
-            raise self.source.no_checkpoint()
-        items = await offload(items_of, commits, f"{self.source}/")
-        files = await self.source.files(items)
-        _refuse_incomplete(self.source, self._from, items, files)
-        for name in files:
-            self.target.check(name)
-        self.manifest = Manifest(
-            # Reversed: `.metadata` and rank 0's own last.
-            commits=dict(reversed(commits.items())),
-            files={name: files[name] for name in items},
-            items=items,
+        commits = {each: await self.source.commits(each) for each in FORMATS}
+        there = [each for each in FORMATS if commits[each]]
+        self._format = only(self.format_name, there, self.source.where)
+        self._from = commits[self._format]
+        self.manifest = await manifest_of(
+            self.source, self._format, self._from, look_into=self.verify
         )
-        await self._replaced()
+        for name in self.manifest.files:
+            self.target.check(name)
+        await self._look(room)
 
     async def run(self, room: Room) -> None:
         """Copy it; nobody else copies to the same place meanwhile, on this machine."""
         claim, target = self.manifest.claim, self.target
-        commits = await self._replaced()
-        there = await target.files(self.manifest.files)
-        claimed = await target.read(CLAIM_NAME)
+        there = await self._look(room)
+        claimed = there.claim
         decided = plan(
             self.manifest,
-            {name: info.size_bytes for name, info in there.items()},
-            commits,
+            there.sizes,
+            there.commits,
             claimed=claimed == claim,
-            named=await offload(_named, target, commits),
+            same=there.same,
+            named=await offload(self._named, there.commits),
         )
-        if decided.missing or commits != self.manifest.commits:
+        if decided.missing or there.commits != self.manifest.commits:
             if claimed and not decided.trusted:
                 await target.claim(b"")  # what is there must not be trusted later on, either
             await target.remove(decided.uncommitted)
             await target.remove(decided.removed_first)
             claimed = claim
             await target.claim(claim)
-            await self._move(decided, room)
-            await self._check_unchanged(claim)
+            await self._move(decided.missing, room, resume=decided.trusted)
             for name, body in self.manifest.commits.items():
                 await target.commit(name, body, overwrite=self.overwrite)
             await target.remove(decided.removed_last)
@@ -242,7 +273,7 @@ class _Copying:
         items = [
             item
             for info in self._copied
-            for item in self.manifest.items[info.key]
+            for item in self.manifest.items.get(info.key, ())
             if item.end > item.start
         ]
         compared = self.verify and not self._is_within_s3
@@ -261,73 +292,86 @@ class _Copying:
     def _is_within_s3(self) -> bool:
         return isinstance(self.source, Bucket) and isinstance(self.target, Bucket)
 
-    async def _replaced(self) -> dict[str, bytes]:
-        """Return the commits at the target, if they may be there."""
-        commits = await _read_all(self.target, await self.target.commits())
-        if differs(self.manifest, commits) and not self.overwrite:
+    async def _look(self, room: Room) -> _There:
+        """Return what is at the target, if it may be there."""
+        manifest, target = self.manifest, self.target
+        infos = await target.commits(self._format)
+        commits = await read_commits(target, infos)
+        # One that holds data, and that this copy has not, is no less another checkpoint's.
+        commits |= {
+            info.key: b""
+            for info in infos
+            if holds_data(info.key) and info.key not in manifest.files
+        }
+        files = await target.files(manifest.files)
+        claim = await target.read(CLAIM_NAME)
+        claimed = claim == manifest.claim
+        unsure = doubtful(manifest, files, commits, claimed=claimed)
+        same = await self._same([files[name] for name in sorted(unsure)], room)
+        found = others(manifest, files, commits, claimed=claimed, same=same)
+        if found and not self.overwrite:
             raise CheckpointExistsError(
-                f"There is another checkpoint at {self.target}: copy to another place, or pass "
-                "overwrite=True (--overwrite)"
+                f"There is another checkpoint at {target}, or a part of one (its {found[0]} is "
+                "another): copy to another place, or pass overwrite=True (--overwrite)"
             )
-        return commits
+        sizes = {name: info.size_bytes for name, info in files.items()}
+        return _There(commits, sizes, claim, frozenset(same))
 
-    async def _move(self, decided: Plan, room: Room) -> None:
-        self._copied = tuple(self.manifest.files[name] for name in decided.missing)
+    async def _same(self, files: Sequence[ObjectInfo], room: Room) -> set[str]:
+        """Return which files at the target have the bytes of the source's."""
+        unknown = [info for info in files if info not in self._compared]
+        pairs = [(self.manifest.files[info.key], info) for info in unknown]
+        found = await same_files(self.source, self.target, pairs, room)
+        self._compared |= {info: info.key in found for info in unknown}
+        return {info.key for info in files if self._compared[info]}
+
+    def _named(self, commits: Mapping[str, bytes]) -> set[str] | None:
+        """Return what the commits at the target name, or None if that cannot be known."""
+        described = {name: body for name, body in commits.items() if not holds_data(name)}
+        try:
+            return names_of(self.target, self._format, described)
+        except (CorruptMetadataError, InvalidS3UriError) as exc:
+            _log.warning("objects of the checkpoint that is replaced are left in place: %s", exc)
+            return None
+
+    async def _move(self, missing: Sequence[str], room: Room, *, resume: bool) -> None:
+        """Copy files; those that are commits come last, if all else is one checkpoint."""
+        manifest = self.manifest
+        self._copied = tuple(manifest.files[name] for name in missing)
         total = sum(info.size_bytes for info in self._copied)
         self.progress(0, total)
         cargo = Cargo(
-            files=self._copied,
-            items=self.manifest.items if self.verify else {},
-            resume=decided.trusted,
+            files=[info for info in self._copied if info.key not in manifest.last],
+            items=manifest.items if self.verify else {},
+            resume=resume,
             advance=lambda count: self.progress(count, total),
         )
+        await self._carry(cargo, room)
+        await self._check_unchanged()
+        last = [info for info in self._copied if info.key in manifest.last]
+        await self._carry(replace(cargo, files=last), room)
+
+    async def _carry(self, cargo: Cargo, room: Room) -> None:
+        if not cargo.files:
+            return
         match self.source, self.target:
             case Bucket() as source, Folder() as target:
-                self._resumed_bytes = await download(source, target, cargo, room)
+                self._resumed_bytes += await download(source, target, cargo, room)
             case Folder() as source, Bucket() as target:
-                self._resumed_bytes = await upload(source, target, cargo, room)
+                self._resumed_bytes += await upload(source, target, cargo, room)
             case Bucket() as source, Bucket() as target:
                 await copy_within(source, target, cargo)
 
-    async def _check_unchanged(self, claim: bytes) -> None:
+    async def _check_unchanged(self) -> None:
         """Make sure that what was copied is one checkpoint, and the only one that was."""
         files = await self.source.files(self.manifest.files)
-        if await self.source.commits() != self._from or files != self.manifest.files:
+        commits = await self.source.commits(self._format)
+        if commits != self._from or files != self.manifest.files:
             raise CheckpointChangedError(
                 f"{self.source} was replaced while it was being copied: copy it again"
             )
-        if await self.target.read(CLAIM_NAME) != claim:
+        if await self.target.read(CLAIM_NAME) != self.manifest.claim:
             raise CommitConflictError(
                 f"Another process began to copy to {self.target} meanwhile: this copy was not "
                 "committed. Let one at a time copy to a place, and copy again"
             )
-
-
-async def _read_all(place: Place, commits: Iterable[ObjectInfo]) -> dict[str, bytes]:
-    bodies = {info.key: await place.read(info.key) for info in commits}
-    return {name: body for name, body in bodies.items() if body is not None}
-
-
-def _refuse_incomplete(
-    source: Place,
-    commits: Iterable[ObjectInfo],
-    items: Mapping[str, Sequence[Item]],
-    files: Mapping[str, ObjectInfo],
-) -> None:
-    least_bytes = {name: max(item.end for item in found) for name, found in items.items()}
-    sizes = {name: info.size_bytes for name, info in files.items()}
-    problem = problem_of(commits, Contents(least_bytes=least_bytes, tensors=0), sizes)
-    if problem is not None:
-        raise IntegrityError(f"{source} is incomplete, and was not copied: {problem}")
-
-
-def _named(target: Place, commits: Mapping[str, bytes]) -> set[str] | None:
-    """Return what the commits at the target name, or None if that cannot be known."""
-    try:
-        names = set(items_of(commits, f"{target}/"))
-        for name in names:
-            target.check(name)
-    except (CorruptMetadataError, InvalidS3UriError) as exc:
-        _log.warning("objects of the checkpoint that is replaced are left in place: %s", exc)
-        return None
-    return names

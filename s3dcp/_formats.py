@@ -9,6 +9,8 @@ writer gives to data, and that no commit names, may be what a save has left.
 |             | that saved without collectives                     |                               |
 | safetensors | the index of full files, the manifest of shards,   | `model-00001-of-00002`, and   |
 |             | or `model.safetensors`, which is all the data too  | its shards: `*.safetensors`   |
+
+Beside safetensors lie a model's small files, which no commit names: its companions.
 """
 
 from __future__ import annotations
@@ -30,6 +32,8 @@ SINGLE_NAME = "model.safetensors"
 #: Where the shards lie of which full files were made.
 SHARDED_FOLDER = "sharded"
 SUFFIX = ".safetensors"
+#: What a copy calls the object that says, as long as it is under way, what it is a copy of.
+CLAIM_NAME = ".s3dcp-copy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,20 +43,24 @@ class Format:
     Attributes:
         name: As users know it.
         commit: The names of commits.
+        commits: The same for people.
         prefixes: What these start with.
         data: The names that our writer gives to data.
         rank: What such a name starts with; the group is the rank that wrote it.
         suffix: What the names of all data end in that a commit may have deleted.
         recurs: Whether a save overwrites the data of the one before it.
+        companion: The names of what is of use with it, and lies beside it.
     """
 
     name: FormatName
     commit: re.Pattern[str]
+    commits: str
     prefixes: tuple[str, ...]
     data: re.Pattern[str]
     rank: re.Pattern[str]
     suffix: str
     recurs: bool
+    companion: re.Pattern[str] | None = None
 
     def is_commit(self, key: str) -> bool:
         """Return whether a key is one that this format's commits have."""
@@ -61,6 +69,12 @@ class Format:
     def is_data(self, key: str) -> bool:
         """Return whether a key is one that our writer gives to data."""
         return self.data.fullmatch(posixpath.basename(key)) is not None
+
+    def is_companion(self, key: str) -> bool:
+        """Return whether a key is one that a checkpoint's companions have."""
+        if self.companion is None or is_commit(key):
+            return False
+        return self.companion.fullmatch(posixpath.basename(key)) is not None
 
     def rank_of(self, key: str) -> int | None:
         """Return the rank that wrote an object, if its key tells."""
@@ -71,6 +85,7 @@ class Format:
 DCP = Format(
     name="dcp",
     commit=re.compile(rf"(?:__(?P<rank>\d+))?{re.escape(METADATA_NAME)}"),
+    commits=METADATA_NAME,
     prefixes=(METADATA_NAME, "__"),
     data=re.compile(r".*\.distcp", re.DOTALL),
     rank=re.compile(r"__(\d+)_"),
@@ -80,11 +95,16 @@ DCP = Format(
 SAFETENSORS = Format(
     name="safetensors",
     commit=re.compile("|".join(map(re.escape, (INDEX_NAME, MANIFEST_NAME, SINGLE_NAME)))),
+    commits=f"{INDEX_NAME}, {MANIFEST_NAME} or {SINGLE_NAME}",
     prefixes=(SINGLE_NAME,),
     data=re.compile(rf"(?:shard-\d{{5,}}-)?model-\d{{5,}}-of-\d{{5,}}{re.escape(SUFFIX)}"),
     rank=re.compile(r"shard-(\d+)-"),
     suffix=SUFFIX,
     recurs=True,
+    # An index of other weights, such as pytorch_model.bin.index.json, is of no use without them.
+    companion=re.compile(
+        r"(?!.*\.index\.json)[^.].*\.(?:jinja|json|md|model|py|tiktoken|txt)", re.DOTALL
+    ),
 )
 FORMATS = (DCP, SAFETENSORS)
 
@@ -105,3 +125,8 @@ def format_of(name: str) -> Format:
 def is_commit(key: str) -> bool:
     """Return whether a key is one that commits have, of any format."""
     return any(each.is_commit(key) for each in FORMATS)
+
+
+def holds_data(commit: str) -> bool:
+    """Return whether a commit is a file with tensors, and no description of others."""
+    return commit.endswith(SUFFIX)

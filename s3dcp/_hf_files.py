@@ -14,10 +14,11 @@ can be promised rests on this order and these checks:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeAlias
 
 import torch
 from torch.distributed.checkpoint.metadata import (
@@ -39,7 +40,7 @@ from s3dcp._errors import (
     ObjectNotFoundError,
 )
 from s3dcp._flow import Channel, wait_all
-from s3dcp._formats import INDEX_NAME, MANIFEST_NAME, SINGLE_NAME, SUFFIX
+from s3dcp._formats import CLAIM_NAME, INDEX_NAME, MANIFEST_NAME, SINGLE_NAME, SUFFIX
 from s3dcp._hf_index import (
     OFFSETS_KEY,
     SAVE_ID_KEY,
@@ -64,6 +65,9 @@ from s3dcp._safetensors import (
 )
 
 _log = logging.getLogger("s3dcp.safetensors")
+
+#: Fills memory with a file's bytes, from an offset on.
+Fetch: TypeAlias = Callable[[int, memoryview], Awaitable[None]]
 
 # So many leading bytes hold most headers; a longer one takes a second read.
 _HEAD_BYTES = 64 << 10
@@ -102,7 +106,9 @@ class StoredTensor:
 
 
 @dataclass(frozen=True, slots=True)
-class _File:
+class File:
+    """A file of a checkpoint, and the version of it that its header was read from."""
+
     header: Header
     etag: str | None
 
@@ -138,9 +144,8 @@ async def find(channel: Channel, base: S3Uri) -> HFCheckpoint:
         if found is not None:
             index = parse_index(found.body, source=str(uri))
             files = await _read_files(channel, base, index.files, uri)
-            _check_saves(base, files, index)
             commit = name, Found(b"", found.etag)
-            return HFCheckpoint(base, await offload(_tensors, base, files, index), commit)
+            return HFCheckpoint(base, await offload(tensors_of, base, files, index), commit)
     files = await _read_files(channel, base, await _uncommitted(channel, base), None)
     for name, file in files.items():
         if SAVE_ID_KEY in file.header.extra and name != SINGLE_NAME:
@@ -150,7 +155,7 @@ async def find(channel: Channel, base: S3Uri) -> HFCheckpoint:
                 bucket=base.bucket,
                 key=base.key,
             )
-    return HFCheckpoint(base, await offload(_tensors, base, files, None), None)
+    return HFCheckpoint(base, await offload(tensors_of, base, files, None), None)
 
 
 async def _uncommitted(channel: Channel, base: S3Uri) -> list[str]:
@@ -159,6 +164,12 @@ async def _uncommitted(channel: Channel, base: S3Uri) -> list[str]:
         return [SINGLE_NAME]
     folder = join(base.key, "")
     listed = await list_all(channel, S3Uri(base.bucket, folder), delimiter="/")
+    if any(info.key == f"{folder}{CLAIM_NAME}" for info in listed):
+        raise CheckpointNotFoundError(
+            f"No checkpoint at {base}: a copy to it has not finished. Copy again, or load another",
+            bucket=base.bucket,
+            key=base.key,
+        )
     names = [info.key.removeprefix(folder) for info in listed if info.key.endswith(SUFFIX)]
     if not names:
         raise CheckpointNotFoundError(
@@ -172,7 +183,7 @@ async def _uncommitted(channel: Channel, base: S3Uri) -> list[str]:
 
 async def _read_files(
     channel: Channel, base: S3Uri, names: Iterable[str], commit: S3Uri | None
-) -> dict[str, _File]:
+) -> dict[str, File]:
     names = sorted(names)
     uris = [child_uri(base, name, source=str(commit or base)) for name in names]
     downloads = Downloads(channel)
@@ -185,30 +196,44 @@ async def _read_files(
     return dict(zip(names, files, strict=True))
 
 
-async def _read_file(downloads: Downloads, uri: S3Uri) -> _File:
+async def _read_file(downloads: Downloads, uri: S3Uri) -> File:
     info = await downloads.head(uri)
-    return _File(await read_header(downloads, uri, info.size_bytes), info.etag)
+    return File(await read_header(downloads, uri, info.size_bytes), info.etag)
 
 
 async def read_header(downloads: Downloads, uri: S3Uri, file_bytes: int) -> Header:
-    """Read what a file holds.
+    """Read what a file on S3 holds.
 
     Raises:
         CheckpointChangedError: it is not the one that was read before.
         CorruptMetadataError: the header is malformed, or does not fit the file.
         S3Exception: as the store.
     """
+
+    async def fetch(start: int, into: memoryview) -> None:
+        await downloads.fetch(uri, start, [into])
+
+    return await fetch_header(fetch, file_bytes, source=str(uri))
+
+
+async def fetch_header(fetch: Fetch, file_bytes: int, *, source: str) -> Header:
+    """Read what a file holds, wherever it is.
+
+    Raises:
+        CorruptMetadataError: the header is malformed, or does not fit the file.
+        Exception: as `fetch`.
+    """
     head = bytearray(min(file_bytes, _HEAD_BYTES))
-    await downloads.fetch(uri, 0, [memoryview(head)])
-    end = header_end(head, file_bytes, source=str(uri))
+    await fetch(0, memoryview(head))
+    end = header_end(head, file_bytes, source=source)
     if end > len(head):
         rest = bytearray(end - len(head))
-        await downloads.fetch(uri, len(head), [memoryview(rest)])
+        await fetch(len(head), memoryview(rest))
         head += rest
-    return await offload(partial(parse_header, head, file_bytes, source=str(uri)))
+    return await offload(partial(parse_header, head, file_bytes, source=source))
 
 
-def _check_saves(base: S3Uri, files: Mapping[str, _File], index: Index) -> None:
+def _check_saves(base: S3Uri | Path, files: Mapping[str, File], index: Index) -> None:
     """Check that every file is of the save that the commit says."""
     for name, file in files.items():
         saved = index.saved.get(name)
@@ -216,23 +241,36 @@ def _check_saves(base: S3Uri, files: Mapping[str, _File], index: Index) -> None:
             raise _replaced(base, f": {name} is of another save than {index.name} says")
 
 
-def _replaced(base: S3Uri, why: str = "") -> CheckpointChangedError:
+def _replaced(base: S3Uri | Path, why: str = "") -> CheckpointChangedError:
+    uri = base if isinstance(base, S3Uri) else None
     return CheckpointChangedError(
         f"The checkpoint at {base} was replaced while it was being read, or a save that replaces "
         f"it has not finished: load it again{why}",
-        bucket=base.bucket,
-        key=base.key,
+        bucket=uri.bucket if uri else None,
+        key=uri.key if uri else None,
     )
 
 
-def _tensors(
-    base: S3Uri, files: Mapping[str, _File], index: Index | None
+def tensors_of(
+    base: S3Uri | Path, files: Mapping[str, File], index: Index | None
 ) -> dict[str, StoredTensor]:
-    """Put together what files hold of each tensor."""
+    """Put together what files hold of each tensor.
+
+    Args:
+        base: Where they are.
+        files: Those that the index names, or all.
+        index: What says which file each tensor is in, if anything does.
+
+    Raises:
+        CheckpointChangedError: a file is of another save than the index says.
+        CorruptMetadataError: a tensor is missing, or is not whole.
+    """
+    if index is not None:
+        _check_saves(base, files, index)
     weight_map = index.weight_map if index else None
     tensors: dict[str, StoredTensor] = {}
     for file_name, file in files.items():
-        source = str(child_uri(base, file_name))
+        source = join(str(base), file_name)
         saved = index.saved.get(file_name) if index else None
         offsets = _saved_offsets(file.header, source)
         for name, entry in file.header.entries.items():
@@ -277,7 +315,7 @@ def _checked_offsets(offsets: Any, entry: Entry) -> tuple[int, ...]:
     return tuple(offsets)
 
 
-def _check_whole(base: S3Uri, name: str, tensor: StoredTensor) -> None:
+def _check_whole(base: S3Uri | Path, name: str, tensor: StoredTensor) -> None:
     first, *others = tensor.chunks
     for chunk in others:
         if chunk.entry.dtype != first.entry.dtype or len(chunk.box.sizes) != len(first.box.sizes):

@@ -16,11 +16,13 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import count
+from pathlib import Path
 
+from s3dcp._errors import CheckpointNotFoundError, S3ConfigError
 from s3dcp._formats import (
     DCP,
     FORMATS,
@@ -29,6 +31,7 @@ from s3dcp._formats import (
     SHARDED_FOLDER,
     Format,
     FormatName,
+    format_of,
     is_commit,
 )
 from s3dcp._keys import S3Uri
@@ -132,6 +135,54 @@ def place_of(folder: S3Uri) -> S3Uri:
     """Return the URI that stands for a folder: without its slash, where that is the same place."""
     key = folder.key.removesuffix("/")
     return folder if not key or key.endswith("/") else S3Uri(folder.bucket, key)
+
+
+def only(name: FormatName | None, there: Sequence[Format], where: S3Uri | Path) -> Format:
+    """Return the format of the checkpoint that is meant.
+
+    Args:
+        name: What it is called, if that was said.
+        there: The formats of which there is one.
+        where: Its folder.
+
+    Raises:
+        CheckpointNotFoundError: there is none.
+        S3ConfigError: there are several, and no `name` to say which; or no such format.
+    """
+    wanted = FORMATS if name is None else [format_of(name)]
+    found = [each for each in wanted if each in there]
+    if not found:
+        raise no_checkpoint(where, wanted, there)
+    if len(found) > 1:
+        names = " and ".join(each.name for each in found)
+        raise S3ConfigError(
+            f"There are checkpoints of {names} at {_shown(where)}: say which with format= "
+            "(--format)"
+        )
+    return found[0]
+
+
+def no_checkpoint(
+    where: S3Uri | Path, wanted: Sequence[Format] = FORMATS, there: Sequence[Format] = ()
+) -> CheckpointNotFoundError:
+    """Return the error for a folder without a commit of some formats; `there` are those it has."""
+    sought = ", nor ".join(f"{each.commits} ({each.name})" for each in wanted)
+    others = " and ".join(each.name for each in there)
+    told = (
+        f"There is one of {others}: leave format= (--format) out, or name that"
+        if others
+        else "List what there is, or name a checkpoint's own folder"
+    )
+    uri = where if isinstance(where, S3Uri) else None
+    return CheckpointNotFoundError(
+        f"No checkpoint at {_shown(where)}: there is no {sought}. {told}",
+        bucket=uri.bucket if uri else None,
+        key=uri.key if uri else None,
+    )
+
+
+def _shown(where: S3Uri | Path) -> str:
+    return str(place_of(where) if isinstance(where, S3Uri) else where)
 
 
 def ancestors(folder: str) -> list[str]:

@@ -12,24 +12,23 @@ far it had come, and the copy goes on from there.
 from __future__ import annotations
 
 import asyncio
-import io
 import os
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Generic, TypeVar
 
-from s3dcp._checksums import crcs_of
+from s3dcp._checksums import combine, crcs_of
 from s3dcp._config import MiB
-from s3dcp._copies import Checks, Item
+from s3dcp._copies import Checks, Item, changed
+from s3dcp._disk import fill, naming, partial_of
 from s3dcp._downloads import Downloads
-from s3dcp._errors import CheckpointChangedError, ObjectNotFoundError
+from s3dcp._errors import ObjectNotFoundError, PreconditionFailedError
 from s3dcp._flow import wait_all
 from s3dcp._keys import S3Uri
 from s3dcp._landing import damaged
-from s3dcp._places import Bucket, Folder, naming, partial_of
+from s3dcp._places import Bucket, Folder, Place
 from s3dcp._portal import offload
 from s3dcp._ranges import cut, span_bytes
 from s3dcp._store import ObjectInfo
@@ -240,36 +239,57 @@ async def copy_within(source: Bucket, target: Bucket, cargo: Cargo) -> None:
     """Copy inside the store, which compares no items' CRCs.
 
     Raises:
-        CheckpointChangedError: an object was deleted meanwhile.
+        CheckpointChangedError: an object was replaced or deleted meanwhile.
         S3Exception: as the store.
     """
 
     async def one(info: ObjectInfo) -> None:
         uri = source.uri(info.key)
         try:
-            await copy(target.channel, uri, target.uri(info.key))
-        except ObjectNotFoundError as exc:
+            await copy(target.channel, uri, target.uri(info.key), if_match=info.etag)
+        except (ObjectNotFoundError, PreconditionFailedError) as exc:
             raise changed(uri) from exc
         cargo.advance(info.size_bytes)
 
     await wait_all([partial(one, info) for info in cargo.files])
 
 
-def fill(file: io.RawIOBase, start: int, view: memoryview) -> None:
-    """Read as many bytes as fit.
+async def same_files(
+    source: Place, target: Place, pairs: Iterable[tuple[ObjectInfo, ObjectInfo]], room: Room
+) -> set[str]:
+    """Return the names of the files that are the same at two places, by their size and CRC64NVME.
 
     Raises:
-        EOFError: there are not so many.
+        CheckpointChangedError: one was replaced or deleted meanwhile.
+        OSError, S3Exception: as the places.
     """
-    file.seek(start)
-    while view.nbytes:
-        count = file.readinto(view)
-        if not count:
-            raise EOFError
-        view = view[count:]
+    alike = [pair for pair in pairs if pair[0].size_bytes == pair[1].size_bytes]
+    files = [each for pair in alike for each in zip((source, target), pair, strict=True)]
+    sums: list[list[tuple[int, int, int]]] = [[] for _ in files]  # offset, CRC, size
 
+    async def work(queue: Queue[tuple[int, int, int]]) -> None:
+        buffer = memoryview(bytearray(READ_BYTES))
+        while piece := await queue.take():
+            number, start, end = piece
+            place, info = files[number]
+            view = buffer[: end - start]
+            await place.fetch(info, start, view)
+            [crc] = await offload(crcs_of, [view])
+            sums[number].append((start, crc, view.nbytes))
 
-def changed(where: S3Uri | Path) -> CheckpointChangedError:
-    return CheckpointChangedError(
-        f"{where} was replaced or deleted while it was being copied: copy the checkpoint again"
-    )
+    async def pieces() -> AsyncGenerator[tuple[int, int, int]]:
+        for number, (place, info) in enumerate(files):
+            known = await place.crc(info)
+            if known is not None:
+                sums[number].append((0, known, info.size_bytes))
+                continue
+            for start, end in cut(0, info.size_bytes, READ_BYTES):
+                yield number, start, end
+
+    if files:
+        async with aclosing(pieces()) as generator:
+            queue = Queue(generator)
+            await wait_all([partial(work, queue)] * room.buffers(READ_BYTES))
+    crcs = [combine((crc, size) for _, crc, size in sorted(found)) for found in sums]
+    both = zip(alike, crcs[::2], crcs[1::2], strict=True)
+    return {info.key for (info, _), mine, theirs in both if mine == theirs}

@@ -6,39 +6,39 @@ block.
 
 from __future__ import annotations
 
-import errno
 import os
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from s3dcp._copies import CLAIM_NAME, PARTIAL_SUFFIX
+from s3dcp._copies import PARTIAL_SUFFIX, changed
+from s3dcp._disk import fill, lock, naming, partial_of, publish_file, sync_folder, version_of
+from s3dcp._downloads import Downloads
 from s3dcp._errors import (
-    CheckpointNotFoundError,
-    CommitConflictError,
     InvalidS3UriError,
+    ObjectNotFoundError,
     S3ServiceError,
 )
 from s3dcp._flow import Channel, wait_all
-from s3dcp._formats import is_commit
+from s3dcp._formats import CLAIM_NAME, Format
 from s3dcp._inventory import commits_by_folder, place_of
 from s3dcp._keys import S3Uri, child_key
 from s3dcp._portal import offload
 from s3dcp._publish import publish, read
 from s3dcp._s3client import delete, list_all
 from s3dcp._store import Condition, ObjectInfo
-from s3dcp._survey import commits_in, no_checkpoint
+from s3dcp._survey import commits_in
 from s3dcp._uploads import Upload
-
-if sys.platform != "win32":
-    import fcntl
 
 
 class Place(Protocol):
     """A checkpoint's folder."""
+
+    @property
+    def where(self) -> S3Uri | Path:
+        """Where it is."""
 
     def check(self, name: str) -> None:
         """Refuse a name that leads outside of the folder, or that nothing in it can have.
@@ -47,17 +47,27 @@ class Place(Protocol):
             InvalidS3UriError: it does.
         """
 
-    def no_checkpoint(self) -> CheckpointNotFoundError:
-        """Return the error for a folder without a commit."""
+    async def commits(self, format_: Format) -> tuple[ObjectInfo, ...]:
+        """Return the commits of a format that lie directly in the folder."""
 
-    async def commits(self) -> tuple[ObjectInfo, ...]:
-        """Return the commits that lie directly in the folder."""
+    async def companions(self, format_: Format) -> list[str]:
+        """Return the names of the files that lie in the folder and go with its checkpoint."""
 
     async def files(self, names: Iterable[str]) -> dict[str, ObjectInfo]:
         """Return those of these names that are there; an ETag stands for a version of the bytes."""
 
     async def read(self, name: str) -> bytes | None:
         """Return the bytes of a small file, or None where there is none."""
+
+    async def fetch(self, info: ObjectInfo, start: int, into: memoryview) -> None:
+        """Fill memory with a file's bytes, from an offset on.
+
+        Raises:
+            CheckpointChangedError: it is another version of it, or gone.
+        """
+
+    async def crc(self, info: ObjectInfo) -> int | None:
+        """Return a file's CRC64NVME, if it is known without reading all of it."""
 
     async def remove(self, names: Iterable[str]) -> None:
         """Remove files, whole or not; those that are absent are no error."""
@@ -93,7 +103,11 @@ class Bucket:
         self.folder = folder
 
     def __str__(self) -> str:
-        return str(place_of(self.folder))
+        return str(self.where)
+
+    @property
+    def where(self) -> S3Uri:
+        return place_of(self.folder)
 
     def uri(self, name: str) -> S3Uri:
         """Return where a file is."""
@@ -102,11 +116,14 @@ class Bucket:
     def check(self, name: str) -> None:
         self.uri(name)
 
-    def no_checkpoint(self) -> CheckpointNotFoundError:
-        return no_checkpoint(self.folder, ".metadata, and a copy is of DCP's own checkpoints")
+    async def commits(self, format_: Format) -> tuple[ObjectInfo, ...]:
+        return tuple(map(self._named, await commits_in(self.channel, self.folder, format_)))
 
-    async def commits(self) -> tuple[ObjectInfo, ...]:
-        return tuple(map(self._named, await commits_in(self.channel, self.folder)))
+    async def companions(self, format_: Format) -> list[str]:
+        if format_.companion is None:
+            return []
+        listing = await list_all(self.channel, self.folder, delimiter="/")
+        return [self._named(info).key for info in listing if format_.is_companion(info.key)]
 
     async def files(self, names: Iterable[str]) -> dict[str, ObjectInfo]:
         wanted = {self.uri(name).key: name for name in names}
@@ -116,6 +133,24 @@ class Bucket:
     async def read(self, name: str) -> bytes | None:
         found = await read(self.channel, self.uri(name))
         return None if found is None else bytes(found.body)
+
+    async def fetch(self, info: ObjectInfo, start: int, into: memoryview) -> None:
+        uri = self.uri(info.key)
+        downloads = Downloads(self.channel)
+        downloads.pin(uri, info.etag)
+        try:
+            await downloads.fetch(uri, start, [into])
+        except ObjectNotFoundError as exc:
+            raise changed(uri) from exc
+
+    async def crc(self, info: ObjectInfo) -> int | None:
+        uri = self.uri(info.key)
+        head = partial(self.channel.store.head, uri, with_crc=True)
+        try:
+            found = await self.channel.request("HeadObject", uri, head)
+        except ObjectNotFoundError as exc:
+            raise changed(uri) from exc
+        return found.crc if found.etag == info.etag else None
 
     async def remove(self, names: Iterable[str]) -> None:
         await wait_all([partial(delete, self.channel, self.uri(name)) for name in names])
@@ -159,6 +194,10 @@ class Folder:
     def __str__(self) -> str:
         return str(self.path)
 
+    @property
+    def where(self) -> Path:
+        return self.path
+
     def file(self, name: str) -> Path:
         """Return where a file is.
 
@@ -180,19 +219,19 @@ class Folder:
     def check(self, name: str) -> None:
         self.file(name)
 
-    def no_checkpoint(self) -> CheckpointNotFoundError:
-        return CheckpointNotFoundError(
-            f"No checkpoint at {self.path}: there is no .metadata in it. Name a checkpoint's folder"
-        )
+    async def commits(self, format_: Format) -> tuple[ObjectInfo, ...]:
+        names = await offload(self._names, format_.is_commit)
+        found = await self.files(names)
+        return commits_by_folder(found.values(), format_).get("", ())
 
-    async def commits(self) -> tuple[ObjectInfo, ...]:
-        return await offload(self._commits)
+    async def companions(self, format_: Format) -> list[str]:
+        return await offload(self._names, format_.is_companion)
 
-    def _commits(self) -> tuple[ObjectInfo, ...]:
+    def _names(self, chosen: Callable[[str], bool]) -> list[str]:
+        """Return the names of files that lie directly in the folder."""
         if not self.path.is_dir():
-            return ()
-        names = [path.name for path in self.path.iterdir() if is_commit(path.name)]
-        return commits_by_folder(self._files(names).values()).get("", ())
+            return []
+        return [path.name for path in self.path.iterdir() if chosen(path.name) and path.is_file()]
 
     async def files(self, names: Iterable[str]) -> dict[str, ObjectInfo]:
         return await offload(self._files, list(names))
@@ -209,8 +248,26 @@ class Folder:
 
     @staticmethod
     def _read(path: Path) -> bytes | None:
-        with suppress(FileNotFoundError):
+        with suppress(FileNotFoundError, NotADirectoryError):
             return path.read_bytes()
+        return None
+
+    async def fetch(self, info: ObjectInfo, start: int, into: memoryview) -> None:
+        await offload(self.fill, info, start, into)
+
+    def fill(self, info: ObjectInfo, start: int, into: memoryview) -> None:
+        """Do as `fetch`, on a worker thread."""
+        path = self.file(info.key)
+        try:
+            with path.open("rb", buffering=0) as file:
+                fill(file, start, into)
+                version = version_of(os.fstat(file.fileno()))
+        except (FileNotFoundError, EOFError) as exc:
+            raise changed(path) from exc
+        if version != info.etag:
+            raise changed(path)
+
+    async def crc(self, info: ObjectInfo) -> int | None:  # noqa: ARG002
         return None
 
     async def remove(self, names: Iterable[str]) -> None:
@@ -230,7 +287,7 @@ class Folder:
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / CLAIM_NAME
         with path.open("ab") as claim:
-            _lock(claim, self.path)
+            lock(claim, self.path)
             try:
                 yield
             finally:
@@ -272,58 +329,8 @@ class Folder:
 
     def _sync_folders(self) -> None:
         while self._unsynced:
-            _sync_folder(self._unsynced.pop())
-
-
-@contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Have what the disk refuses say of which file, and what to do."""
-    try:
-        yield
-    except OSError as exc:
-        if exc.filename is None:
-            exc.filename = str(path)
-        if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
-            exc.strerror = f"{exc.strerror}: make room, and the same copy goes on"
-        raise
-
-
-def partial_of(path: Path) -> Path:
-    """Return what a file is called as long as it is not whole."""
-    return path.with_name(path.name + PARTIAL_SUFFIX)
-
-
-def publish_file(file: BinaryIO, path: Path) -> None:
-    """Close a partial file and give it its name, once it is on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-    partial_of(path).replace(path)
-
-
-def version_of(status: os.stat_result) -> str:
-    """Return what stands for a version of a file's bytes."""
-    return f"{status.st_ino}-{status.st_mtime_ns}"
+            sync_folder(self._unsynced.pop())
 
 
 def _info(name: str, status: os.stat_result) -> ObjectInfo:
     return ObjectInfo(key=name, size_bytes=status.st_size, etag=version_of(status))
-
-
-def _lock(file: BinaryIO, folder: Path) -> None:
-    if sys.platform != "win32":
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as exc:
-            raise CommitConflictError(
-                f"Another process copies a checkpoint to {folder}: wait until it has ended"
-            ) from exc
-
-
-def _sync_folder(path: Path) -> None:
-    if os.name == "posix":
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

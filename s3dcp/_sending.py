@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 from collections.abc import AsyncGenerator, Iterable, Iterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
@@ -35,8 +34,8 @@ from s3dcp._errors import (
 )
 from s3dcp._flow import Channel, wait_all
 from s3dcp._keys import S3Uri
-from s3dcp._movers import READ_BYTES, Cargo, Queue, Room, changed, fill
-from s3dcp._places import Bucket, Folder, version_of
+from s3dcp._movers import READ_BYTES, Cargo, Queue, Room
+from s3dcp._places import Bucket, Folder
 from s3dcp._portal import offload
 from s3dcp._ranges import cut, upload_part_bytes
 from s3dcp._s3client import list_uploads
@@ -68,7 +67,7 @@ async def upload(source: Folder, target: Bucket, cargo: Cargo, room: Room) -> in
         buffer = memoryview(bytearray(size))
         while piece := await queue.take():
             view = buffer[: piece.end - piece.start]
-            await offload(piece.file.read, piece.start, view)
+            await source.fetch(piece.file.info, piece.start, view)
             await piece.file.send(piece.number, piece.start, view)
             cargo.advance(view.nbytes)
 
@@ -121,6 +120,7 @@ class _Outgoing:
     """A file on its way up.
 
     Attributes:
+        info: Which it is.
         part_bytes: The size of its parts.
         is_open: Whether there may be a multipart upload of it.
     """
@@ -128,6 +128,7 @@ class _Outgoing:
     def __init__(
         self, source: Folder, target: Bucket, info: ObjectInfo, checks: Checks, room: Room
     ) -> None:
+        self.info = info
         self.upload = Upload(target.channel, target.uri(info.key))
         self.part_bytes = min(
             upload_part_bytes(
@@ -137,8 +138,7 @@ class _Outgoing:
         )
         self.is_open = False
         self._channel = target.channel
-        self._path = source.file(info.key)
-        self._info = info
+        self._source = source
         self._checks = checks
         self._held: frozenset[int] = frozenset()
         self._sent = 0
@@ -146,11 +146,11 @@ class _Outgoing:
     @property
     def count(self) -> int:
         """How many parts it has."""
-        return max(1, -(-self._info.size_bytes // self.part_bytes))
+        return max(1, -(-self.info.size_bytes // self.part_bytes))
 
     def missing(self) -> Iterator[_Piece]:
         """Return the parts that are to be sent."""
-        ranges = [*cut(0, self._info.size_bytes, self.part_bytes)] or [(0, 0)]
+        ranges = [*cut(0, self.info.size_bytes, self.part_bytes)] or [(0, 0)]
         for number, (start, end) in enumerate(ranges, 1):
             if number not in self._held:
                 yield _Piece(self, number, start, end)
@@ -164,7 +164,7 @@ class _Outgoing:
         """
         for upload_id, found in unfinished:
             algorithm = found.algorithm
-            part_bytes = part_bytes_of(found, self._info.size_bytes, self.part_bytes, most_bytes)
+            part_bytes = part_bytes_of(found, self.info.size_bytes, self.part_bytes, most_bytes)
             if part_bytes is None or not (algorithm is None or is_known(algorithm)):
                 continue
             if await self._holds(found.parts, part_bytes):
@@ -191,7 +191,7 @@ class _Outgoing:
         pieces = []
         for a, b in cut(start, start + part.size_bytes, READ_BYTES):
             view = buffer[: b - a]
-            self.read(a, view)
+            self._source.fill(self.info, a, view)
             views, segments = self._cut(a, view)
             crcs, checksum = checksums_of(views, algorithm)
             self._checks.add(segments, crcs if segments else ())
@@ -206,17 +206,6 @@ class _Outgoing:
     def _cut(self, start: int, view: memoryview) -> tuple[list[memoryview], list[tuple[int, int]]]:
         segments = self._checks.segments(start, start + view.nbytes)
         return [view[a - start : b - start] for a, b in segments] or [view], segments
-
-    def read(self, start: int, view: memoryview) -> None:
-        """Read a part."""
-        try:
-            with self._path.open("rb", buffering=0) as file:
-                fill(file, start, view)
-                version = version_of(os.fstat(file.fileno()))
-        except (FileNotFoundError, EOFError) as exc:
-            raise changed(self._path) from exc
-        if version != self._info.etag:
-            raise changed(self._path)
 
     async def send(self, number: int, start: int, view: memoryview) -> None:
         """Send a part; with the last one that is left, publish the object."""
@@ -258,11 +247,12 @@ class _Outgoing:
         )
 
     def _verify(self) -> None:
-        wrong = self._checks.wrong(self._info.size_bytes)
+        wrong = self._checks.wrong(self.info.size_bytes)
         if wrong is not None:
             raise IntegrityError(
-                f"{wrong.name}: bytes [{wrong.start}, {wrong.end}) of {self._path} differ from "
-                "those that were saved (CRC64NVME): copy an older checkpoint"
+                f"{wrong.name}: bytes [{wrong.start}, {wrong.end}) of "
+                f"{self._source.file(self.info.key)} differ from those that were saved "
+                "(CRC64NVME): copy an older checkpoint"
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
 
@@ -16,12 +16,17 @@ Views = Sequence[memoryview]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectInfo:
-    """What a store says of an object without sending it."""
+    """What a store says of an object without sending it.
+
+    Attributes:
+        crc: Its CRC64NVME, if that was asked for, and the store has it.
+    """
 
     key: str
     size_bytes: int
     etag: str | None
     last_modified: datetime | None = None
+    crc: int | None = field(default=None, compare=False)
 
     @property
     def size(self) -> int:
@@ -181,8 +186,8 @@ class Store(Protocol):
     ) -> ObjectInfo:
         """Receive `into.remaining` bytes of the object, from `start`."""
 
-    async def head(self, uri: S3Uri) -> ObjectInfo:
-        """Return what is known of the object."""
+    async def head(self, uri: S3Uri, *, with_crc: bool = False) -> ObjectInfo:
+        """Return what is known of the object; for its CRC, one may need to be let decrypt it."""
 
     def list(self, uri: S3Uri, *, delimiter: str = "") -> AsyncIterator[ObjectInfo]:
         """Iterate over the objects whose keys start with the URI's key.

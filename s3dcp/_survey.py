@@ -15,14 +15,12 @@ from s3dcp._downloads import Downloads
 from s3dcp._errors import (
     AccessDeniedError,
     CheckpointChangedError,
-    CheckpointNotFoundError,
     CorruptMetadataError,
     InvalidS3UriError,
     ObjectNotFoundError,
-    S3ConfigError,
 )
 from s3dcp._flow import Channel, wait_all
-from s3dcp._formats import DCP, FORMATS, INDEX_NAME, SUFFIX, Format, FormatName, format_of
+from s3dcp._formats import DCP, FORMATS, SAFETENSORS, Format, FormatName, holds_data
 from s3dcp._hf_files import read_header
 from s3dcp._hf_index import Index, parse_index
 from s3dcp._inventory import (
@@ -30,7 +28,7 @@ from s3dcp._inventory import (
     Contents,
     ancestors,
     commits_by_folder,
-    place_of,
+    only,
     problem_of,
 )
 from s3dcp._keys import S3Uri, child_key
@@ -118,30 +116,18 @@ async def checkpoint_in(
 ) -> tuple[Format, tuple[ObjectInfo, ...]]:
     """Return the format of the checkpoint in a folder, and its commits.
 
-    There may be none of the latter if its `name` is given: safetensors files need none.
+    There may be none of the latter if safetensors are asked for: such files need none.
 
     Raises:
         CheckpointNotFoundError: there is none.
         S3ConfigError: there is one of each, and no `name` to say which.
     """
-    formats = FORMATS if name is None else [format_of(name)]
-    commits = await wait_all([partial(commits_in, channel, folder, each) for each in formats])
-    found = dict(zip(formats, commits, strict=True))
-    chosen = only([each for each in formats if name or found[each]], folder)
+    commits = await wait_all([partial(commits_in, channel, folder, each) for each in FORMATS])
+    found = dict(zip(FORMATS, commits, strict=True))
+    if name == SAFETENSORS.name:
+        return SAFETENSORS, found[SAFETENSORS]
+    chosen = only(name, [each for each in FORMATS if found[each]], folder)
     return chosen, found[chosen]
-
-
-def only(formats: Sequence[Format], folder: S3Uri) -> Format:
-    """Return the one format that a folder has a checkpoint of; raises as `checkpoint_in`."""
-    if not formats:
-        raise no_checkpoint(folder)
-    if len(formats) > 1:
-        names = " and ".join(each.name for each in formats)
-        raise S3ConfigError(
-            f"There are checkpoints of {names} at {place_of(folder)}: say which with format= "
-            "(--format)"
-        )
-    return formats[0]
 
 
 class CommitReader:
@@ -182,6 +168,10 @@ class CommitReader:
                 )
         if not commits:
             return None
+        if format_ is SAFETENSORS:
+            # Commits have no sizes: a file is as long as its own header says, for `verify` to see.
+            found = {key: sizes.get(key, 0) for key in contents.least_bytes}
+            contents = replace(contents, least_bytes=found)
         problem = problem_of(commits, contents, sizes)
         return Checkpoint(
             folder=folder, commits=commits, contents=contents, problem=problem, format=format_
@@ -191,12 +181,12 @@ class CommitReader:
         self, folder: S3Uri, format_: Format, commits: tuple[ObjectInfo, ...]
     ) -> tuple[Contents, dict[str, str | None]]:
         """Return what the commits that are still there say, and their ETags."""
-        summary = _Summary(folder, self._sizes)
+        summary = _Summary(folder)
         etags = {}
         for info in commits:
             uri = S3Uri(folder.bucket, info.key)
             found: Found | ObjectInfo | None
-            if info.key.endswith(SUFFIX):
+            if holds_data(info.key):
                 found = await self._single(summary, uri)
             else:
                 found = await self._body(summary, format_, uri)
@@ -228,7 +218,7 @@ class CommitReader:
             summary.damage = str(exc)  # denied: archived, perhaps
         else:
             summary.tensors.update(header.entries)
-        summary.least_bytes[uri.key] = info.size_bytes
+        summary.least_bytes[uri.key] = 0
         return info
 
 
@@ -237,7 +227,6 @@ class _Summary:
     """What is kept of a folder's commits, which are large."""
 
     folder: S3Uri
-    sizes: Mapping[str, int]
     least_bytes: dict[str, int] = field(default_factory=dict)
     tensors: set[str] = field(default_factory=set)
     unreadable: str | None = None
@@ -265,10 +254,8 @@ class _Summary:
         )
 
     def _add_index(self, index: Index, uri: S3Uri) -> None:
-        # It has no sizes: a file is as long as its own header says, which `verify` looks at.
         for name in index.files:
-            key = child_key(self.folder.key, name, source=str(uri))
-            self.least_bytes[key] = self.sizes.get(key, 0)
+            self.least_bytes[child_key(self.folder.key, name, source=str(uri))] = 0
         self.tensors.update(index.tensors)
         self.ours = self.ours and bool(index.saved) and index.files <= index.saved.keys()
 
@@ -290,14 +277,3 @@ def ends_of(metadata: Metadata) -> dict[str, int]:
         if end >= ends.get(info.relative_path, 0):
             ends[info.relative_path] = end
     return ends
-
-
-def no_checkpoint(
-    folder: S3Uri, missing: str = f".metadata, nor an {INDEX_NAME}"
-) -> CheckpointNotFoundError:
-    """Return the error for a folder without a commit."""
-    return CheckpointNotFoundError(
-        f"No checkpoint at {place_of(folder)}: there is no {folder}{missing}. List what there is",
-        bucket=folder.bucket,
-        key=folder.key,
-    )

@@ -274,19 +274,28 @@ class Upload:
         return await offload(checksums_of, body, self._checksum)
 
 
-async def copy(channel: Channel, source: S3Uri, target: S3Uri) -> None:
-    """Copy an object of any size inside the store: whole and as it now is, or not at all.
+async def copy(
+    channel: Channel, source: S3Uri, target: S3Uri, *, if_match: str | None = None
+) -> None:
+    """Copy an object of any size inside the store: whole, or not at all.
+
+    Args:
+        channel: The client's.
+        source: What is copied.
+        target: Where to.
+        if_match: The ETag of the version that is meant; None for the present one.
 
     Raises:
         S3Exception: as the store; nothing was written.
     """
     head = partial(channel.store.head, source)
     info = await channel.request("HeadObject", source, head)
+    etag = if_match or info.etag
     if info.size_bytes > MAX_PART_BYTES:
         upload = Upload(replace(channel, checksum=None), target)
-        await upload.copy_all(source, info.size_bytes, if_match=info.etag)
+        await upload.copy_all(source, info.size_bytes, if_match=etag)
     else:
-        copy_whole = partial(channel.store.copy, source, target, if_match=info.etag)
+        copy_whole = partial(channel.store.copy, source, target, if_match=etag)
         await channel.request("CopyObject", target, copy_whole)
 
 

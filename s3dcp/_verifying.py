@@ -13,14 +13,15 @@ from s3dcp._config import MiB
 from s3dcp._downloads import Downloads
 from s3dcp._errors import (
     CheckpointChangedError,
+    CheckpointNotFoundError,
     CorruptMetadataError,
     InvalidS3UriError,
     ObjectNotFoundError,
 )
 from s3dcp._flow import Channel, wait_all
-from s3dcp._formats import SAFETENSORS, Format, FormatName
+from s3dcp._formats import DCP, SAFETENSORS, Format, FormatName
 from s3dcp._hf_files import StoredTensor, find
-from s3dcp._inventory import folder_of, place_of
+from s3dcp._inventory import folder_of, no_checkpoint, place_of
 from s3dcp._keys import S3Uri, child_key
 from s3dcp._metadata import crcs_of, load_metadata
 from s3dcp._portal import offload
@@ -28,7 +29,7 @@ from s3dcp._publish import read
 from s3dcp._ranges import Span, Want, coalesce
 from s3dcp._s3client import list_all
 from s3dcp._store import ObjectInfo
-from s3dcp._survey import checkpoint_in, commits_in, no_checkpoint
+from s3dcp._survey import checkpoint_in, commits_in
 
 _READ_BYTES = 8 * MiB
 
@@ -273,7 +274,12 @@ async def _entries(
     channel: Channel, folder: S3Uri, format_: Format, commits: Iterable[ObjectInfo]
 ) -> list[StoredEntry]:
     if format_ is SAFETENSORS:
-        tensors = (await find(channel, folder)).tensors
+        try:
+            tensors = (await find(channel, folder)).tensors
+        except CheckpointNotFoundError as exc:
+            if not await commits_in(channel, folder, DCP):
+                raise
+            raise no_checkpoint(folder, [SAFETENSORS], [DCP]) from exc
         return [_tensor_entry(folder, name, tensors[name]) for name in sorted(tensors)]
     entries: dict[str, StoredEntry] = {}
     seen = False
@@ -284,7 +290,7 @@ async def _entries(
             seen = True
             await offload(_add, entries, found.body, folder, uri)
     if not seen:
-        raise no_checkpoint(folder)
+        raise no_checkpoint(folder, [format_])
     return [entries[name] for name in sorted(entries)]
 
 

@@ -94,7 +94,7 @@ class MemoryStore:
         into.write(body[start : start + into.remaining])
         return ObjectInfo(key=uri.key, size_bytes=len(body), etag=etag)
 
-    async def head(self, uri: S3Uri) -> ObjectInfo:
+    async def head(self, uri: S3Uri, *, with_crc: bool = False) -> ObjectInfo:
         self._begin("head", uri)
         body, etag = self._found(uri)
         return ObjectInfo(key=uri.key, size_bytes=len(body), etag=etag)

@@ -236,7 +236,7 @@ class TestDelete:
     def test_none_there(self, fake: FakeS3) -> None:
         put_checkpoint(fake, "run/step-1/", "__0_0.distcp")
 
-        with pytest.raises(CheckpointNotFoundError, match=r"no s3://bkt/run/\.metadata"):
+        with pytest.raises(CheckpointNotFoundError, match=r"bkt/run: there is no \.metadata"):
             s3dcp.delete(RUN)
         assert len(fake.keys(BUCKET)) == 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
@@ -114,6 +115,35 @@ class TestList:
         assert "is malformed" in found["b"]
         assert "'.' and '..' are not allowed" in found["c"]
         assert "it is truncated, or no safetensors file" in found["d"]
+
+    @pytest.mark.parametrize("single", [False, True])
+    def test_one_that_is_replaced_by_a_smaller_one_meanwhile(
+        self, fake: FakeS3, single: bool
+    ) -> None:
+        if single:
+            put_single(fake, "run/step-1")
+        else:
+            put("run/step-1")
+        save({"w": fill((3, 3))}, "other")
+        [smaller] = [name for name in names(fake, "other") if name != INDEX]
+
+        def replace(_: object) -> None:
+            weight_map = {"w": "model.safetensors" if single else FILES[0]}
+            body = fake.read(BUCKET, f"other/{smaller}")
+            for name in names(fake, "run/step-1"):
+                fake.write(BUCKET, f"run/step-1/{name}", body)
+            if not single:
+                index = json.dumps({"weight_map": weight_map}).encode()
+                fake.write(BUCKET, f"run/step-1/{INDEX}", index)
+
+        commit = "model.safetensors" if single else INDEX
+        rule = fake.inject(Call(before=replace), key=f"run/step-1/{commit}")
+
+        [found] = s3dcp.list_checkpoints(uri_of("run"))
+
+        assert rule.struck
+        body = fake.read(BUCKET, f"other/{smaller}")
+        assert (found.problem, found.objects, found.size_bytes) == (None, 1, len(body))
 
     def test_a_save_that_was_not_committed_is_none(self, fake: FakeS3) -> None:
         put("run")
@@ -235,6 +265,27 @@ class TestVerify:
         [problem] = self.verify().problems
 
         assert "is of another save" in problem
+
+    def test_there_is_none_of_its_format(self, fake: FakeS3) -> None:
+        put("run/model")
+        put_checkpoint(fake, "run/step-1/", "__0_0.distcp")
+        for place, wanted, sought, other in [
+            ("run/model", "dcp", r"\.metadata \(dcp\)", "safetensors"),
+            ("run/step-1", "safetensors", f"{INDEX}, .* \\(safetensors\\)", "dcp"),
+        ]:
+            match = f"{place}: there is no {sought}. There is one of {other}: leave format="
+            for function in (self.verify, partial(call, inspect), s3dcp.delete):
+                key = "format" if function is s3dcp.delete else "format_name"
+                kind: dict[str, Any] = {key: wanted}
+                with pytest.raises(CheckpointNotFoundError, match=match):
+                    function(uri_of(place) if function is s3dcp.delete else place, **kind)
+        for kind, match in [
+            ({}, "metadata .* nor"),
+            ({"format_name": "dcp"}, "metadata"),
+            ({"format_name": "safetensors"}, INDEX),
+        ]:
+            with pytest.raises(CheckpointNotFoundError, match=match):
+                self.verify("run", **kind)
 
     def test_it_is_replaced_meanwhile(self, fake: FakeS3) -> None:
         put("run")

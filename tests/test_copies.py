@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from hashlib import sha256
 from random import Random
 from typing import TYPE_CHECKING
@@ -12,21 +13,26 @@ from hypothesis import strategies as st
 
 from s3dcp import CorruptMetadataError
 from s3dcp._checksums import crc_of, crcs_of
-from s3dcp._copies import Checks, Item, Manifest, items_of, part_bytes_of, plan
+from s3dcp._copies import Checks, Item, Manifest, doubtful, items_of, others, part_bytes_of, plan
 from s3dcp._ranges import MiB
 from s3dcp._store import ObjectInfo, Part, PartList
 from tests._catalogs import metadata_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 OWN = {".metadata": b"own"}
 OTHER = {".metadata": b"another"}
 
 
-def manifest(commits: Mapping[str, bytes] = OWN, etag: str = '"1"') -> Manifest:
-    files = {name: ObjectInfo(key=name, size_bytes=10, etag=etag) for name in ("a", "b")}
-    return Manifest(commits=commits, files=files, items={})
+def manifest(
+    commits: Mapping[str, bytes] = OWN,
+    etag: str = '"1"',
+    names: Iterable[str] = "ab",
+    bare: Iterable[str] = (),
+) -> Manifest:
+    files = {name: ObjectInfo(key=name, size_bytes=10, etag=etag) for name in names}
+    return Manifest(commits=commits, files=files, items={}, bare=frozenset(bare))
 
 
 class TestPlan:
@@ -86,6 +92,56 @@ class TestPlan:
         assert found.missing == ("a", "b")
         assert found.removed_last == ()
         assert not found.trusted
+
+    @pytest.mark.parametrize(
+        ("commits", "claimed", "same", "replaced"),
+        [
+            pytest.param({}, False, "a", "", id="the same bytes"),
+            pytest.param({}, False, "", "a", id="other bytes, of nobody knows what"),
+            pytest.param(OWN, False, "a", "", id="a copy already"),
+            pytest.param(OWN, False, "", "a", id="of another with the same index"),
+            pytest.param({}, True, "", "", id="cut off"),
+            pytest.param(OWN, True, "", "a", id="saved anew, with the same index, since the claim"),
+            pytest.param(OTHER, False, "a", ".metadata", id="in use by another"),
+            pytest.param(OTHER, True, "a", ".metadata", id="cut off, and another came"),
+        ],
+    )
+    def test_a_bare_file_is_known_by_its_bytes_alone(
+        self, commits: dict[str, bytes], claimed: bool, same: str, replaced: str
+    ) -> None:
+        bare = manifest(bare="a")
+
+        found = others(bare, {"a", "b"}, commits, claimed=claimed, same=same)
+
+        assert found == [replaced] * bool(replaced)
+
+    @pytest.mark.parametrize(
+        ("commits", "found"), [(OWN, {"a"}), (OTHER, {"a", "b"}), ({}, {"a", "b"})]
+    )
+    def test_a_sealed_file_is_known_by_the_sources_own_commit(
+        self, commits: dict[str, bytes], found: set[str]
+    ) -> None:
+        sealed = replace(manifest(bare="ab"), sealed=frozenset("b"))
+
+        assert doubtful(sealed, "abc", commits, claimed=False) == found
+
+    def test_a_bare_file_that_is_the_same_stays_though_others_go(self) -> None:
+        there = {"a": 10, "b": 10}
+
+        found = plan(manifest(bare="ab"), there, OWN, claimed=False, same="a", named="ab")
+
+        assert (found.uncommitted, found.removed_first) == ((".metadata",), ("b",))
+        assert found.missing == ("b",)
+
+    def test_a_file_that_is_a_commit_goes_before_others(self) -> None:
+        single = "model.safetensors"
+        source = manifest({}, names=("config.json", single), bare=("config.json", single))
+        there = dict.fromkeys(source.files, 10)
+
+        found = plan(source, there, {}, claimed=False)
+
+        assert source.last == (single,)
+        assert (found.uncommitted, found.missing) == ((single,), ("config.json", single))
 
     def test_a_claim_is_of_one_version_of_one_checkpoint(self) -> None:
         claims = [

@@ -30,7 +30,7 @@ ROWS = {
         *("_constructors", "_transfers", "_filesystem", "_landing", "_saving", "_loading"),
         *("_writer", "_reader", "_group_reader", "_planner", "_checkpoint"),
         *("_hf_files", "_survey", "_catalog", "_verifying"),
-        *("_copies", "_places", "_movers", "_sending", "_copying", "_bench"),
+        *("_copies", "_disk", "_places", "_manifests", "_movers", "_sending", "_copying", "_bench"),
         *("_consolidation", "_hf_saving", "_hf_writer", "_hf_reader"),
     ],
     "cli": ["_terminal", "_options", "_plots", "_cli_bench", "_cli", "__main__"],

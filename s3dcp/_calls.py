@@ -124,6 +124,14 @@ class Call(Generic[T]):
             function(self)
 
 
+async def ended(call: Call[T]) -> T:
+    """Await the outcome of a call on the loop that it runs on."""
+    told = asyncio.Event()
+    call.add_done_callback(lambda _: told.set())
+    await told.wait()
+    return call.result()
+
+
 def settle(calls: Sequence[Call[Any]], before: Callable[[], None] = lambda: None) -> None:
     """Wait for the calls' ends within the grace, and only then raise what interrupts this.
 

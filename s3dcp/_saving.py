@@ -11,14 +11,16 @@ from __future__ import annotations
 
 import io
 import queue
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from s3dcp._calls import Call
+from s3dcp._calls import Call, ended
 from s3dcp._checksums import combine, crc_of
 from s3dcp._collector import CollectorPause
 from s3dcp._config import MiB, S3ClientConfig
@@ -157,6 +159,8 @@ class SavedItems:
         planner: Resolves items, on the caller's thread.
         transforms: The writer's stream extensions.
         meter: Is told of the bytes that are sent.
+        after: A call under way, which has to end well before the first byte is sent. Uploads are
+            begun meanwhile, and the first parts made.
     """
 
     def __init__(
@@ -167,6 +171,7 @@ class SavedItems:
         planner: SavePlanner,
         transforms: _StorageWriterTransforms,
         meter: Meter | None = None,
+        after: Call[Any] | None = None,
     ) -> None:
         self._portal = portal
         self._calls = Calls(portal)
@@ -182,19 +187,15 @@ class SavedItems:
         self._sending: dict[Call[list[int]], tuple[list[Fragment[_Piece]], Moved]] = {}
         self._sent: queue.SimpleQueue[Call[list[int]]] = queue.SimpleQueue()
         self._files: list[_File] = []
+        self._before = [] if after is None else [after]
+        self._cleared = None if after is None else partial(ended, after)
         self._meter.watch(self._under_way)
 
-    def write(
-        self,
-        files: Sequence[tuple[S3Uri, str, Sequence[WriteItem]]],
-        ready: Callable[[], object] = lambda: None,
-    ) -> list[WriteResult]:
+    def write(self, files: Sequence[tuple[S3Uri, str, Sequence[WriteItem]]]) -> list[WriteResult]:
         """Write every file, and return a result for every item.
 
         Args:
             files: For each, its place, its name in the metadata, and its items.
-            ready: Called when uploads have been begun, before the first byte is sent: what it
-                raises ends the save.
 
         Raises:
             S3Exception: something could not be written. Nothing of this plan is left behind.
@@ -206,8 +207,6 @@ class SavedItems:
                 for file in self._files:
                     if file.is_multipart:
                         self._calls.submit(file.upload.begin)
-                with self._pause.lifted():
-                    ready()
                 self._meter.expect(sum(file.expected_bytes for file in self._files))
                 for file, (_, _, items) in zip(self._files, files, strict=True):
                     for item in items:
@@ -220,6 +219,7 @@ class SavedItems:
             self._complete()
         except BaseException:
             self._meter.watch(int)  # it outlives this, and with it the tensors
+            self._portal.cancel_soon(self._before)
             self._calls.abandon(self._drop)
             raise
         expected = sum(len(items) for _, _, items in files)
@@ -241,7 +241,7 @@ class SavedItems:
             most_bytes=self._budget_bytes // 2,
         )
         expected = estimate + _FRAME_BYTES * len(items)
-        upload, cutter = Upload(self._channel, uri), PartCutter[_Piece](size)
+        upload, cutter = Upload(self._channel, uri, self._cleared), PartCutter[_Piece](size)
         self._files.append(_File(name, upload, cutter, expected, is_multipart=estimate > size))
 
     def _add(self, file: _File, write_item: WriteItem) -> None:

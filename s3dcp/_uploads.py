@@ -43,11 +43,16 @@ class Upload:
     Args:
         channel: The client's.
         uri: Where the object goes.
+        after: What has to end well before the first byte is sent; what it raises, `put` and `send`
+            raise.
     """
 
-    def __init__(self, channel: Channel, uri: S3Uri) -> None:
+    def __init__(
+        self, channel: Channel, uri: S3Uri, after: Callable[[], Awaitable[object]] | None = None
+    ) -> None:
         self.uri = uri
         self._channel = channel
+        self._after = after
         self._checksum = channel.checksum
         self._upload_id: asyncio.Future[str] | None = None
         self._parts: dict[int, Part] = {}
@@ -78,6 +83,7 @@ class Upload:
     async def put(self, body: Views, moved: Moved | None = None) -> list[int]:
         """Write the whole object in one request; return the item CRC of each view."""
         crcs, checksum = await self._checksums(body)
+        await self._cleared()
 
         self.touched = True
         put = partial(self._channel.store.put, self.uri, body, checksum=checksum, moved=moved)
@@ -129,6 +135,7 @@ class Upload:
         started = self._started()  # while the checksums are computed
         crcs, checksum = await self._checksums(body)
         upload_id = await asyncio.shield(started)
+        await self._cleared()
 
         send = partial(
             self._channel.store.upload_part,
@@ -148,6 +155,10 @@ class Upload:
             number=number, size_bytes=size, etag=receipt.etag, checksum=named
         )
         return crcs
+
+    async def _cleared(self) -> None:
+        if self._after is not None:
+            await self._after()
 
     async def send_all(self, parts: Sequence[memoryview]) -> None:
         """Send all parts at once and publish the object; abort the upload if any fails."""

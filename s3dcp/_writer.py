@@ -219,9 +219,9 @@ class S3StorageWriter(FileSystemWriter):
             files.append((S3Uri(base.bucket, key), name, items))
         portal, channel = self.fs.client.connect(self.recording.tally)
         config, meter = self.fs.client.s3client_config, self.recording.meter
-        # Alone, the answer is on its way while uploads begin.
-        saving = SavedItems(portal, channel, config, planner, self.transforms, meter)
-        saved = saving.write(files, ready=self._looked)
+        # Alone, the answer is on its way while uploads begin and the first parts are made.
+        saving = SavedItems(portal, channel, config, planner, self.transforms, meter, self._look)
+        saved = saving.write(files)
         # Objects without items are named as well: what is not named outlives its checkpoint.
         return saved + [
             WriteResult(MetadataIndex(name), 0, _StorageInfo(name, 0, 0))

@@ -41,6 +41,24 @@ def views(*sizes: int) -> list[memoryview]:
     return out
 
 
+@pytest.mark.parametrize("way", ["put", "send"])
+def test_no_byte_is_sent_before_what_comes_first(way: str) -> None:
+    """But an upload is begun, and the body's checksums are made."""
+    store, seen = MemoryStore(), list[list[str]]()
+
+    async def first() -> None:
+        seen.append([name for name, _ in store.requests])
+        raise S3ConnectionError("no")
+
+    upload = Upload(channel_of(store), URI, after=first)
+    sending = upload.put(views(10)) if way == "put" else upload.send(1, views(10))
+    with pytest.raises(S3ConnectionError):
+        run(sending)
+    assert seen == [[] if way == "put" else ["create_upload"]]
+    assert [name for name, _ in store.requests] == seen[0]
+    assert not upload.touched
+
+
 def test_put_returns_the_crc_of_each_view() -> None:
     store = MemoryStore()
     crcs = run(Upload(channel_of(store), URI).put(views(10, 0, 100)))

@@ -7,14 +7,6 @@ from __future__ import annotations
 
 #: By row and metric, as in `_targets.TARGETS`.
 REMARKS: dict[tuple[str, str], str] = {
-    ("bulk", "save: GiB/s, times the reference's"): (
-        "The run of commit a820ddd had twice the connections for stores that seem far, which a "
-        "process's first requests may make them; parts then change their size from save to save, "
-        "and the server takes new memory for each. With that taken out, this row alone came to "
-        "1.58 GiB/s, 1.53 times the reference's with 0.38 of its CPU time. The whole run before, "
-        "of 8a59f8b, had 2.22 here, 3.98 times the RAM disk's and 0.36 of the CPU time; 2.16 on "
-        "the slow link; and 3.00 for 4 times the bytes."
-    ),
     ("tls", "save: GiB/s, times the reference's"): (
         "Both ends share the two cores. Beside `s3null` with TLS, which costs less than this "
         "server, a GiB takes 0.83 s of CPU here and 0.56 s there: 1.4 GiB/s would be all there "
@@ -37,8 +29,7 @@ REMARKS: dict[tuple[str, str], str] = {
     ("small", "load: beyond DCP's planning"): (
         "0.05 s to read and check the metadata, 0.05 s to plan the requests, 0.1 s to place, "
         "check and copy the items; in the rest it waits for the first and the last spans, whose "
-        "requests want the same GIL. What the metadata holds is counted among the old objects at "
-        "once: else the next collection walks it, for 0.05 s."
+        "requests want the same GIL."
     ),
     ("slow", "load: times faster than the reference"): (
         "After the metadata, 50 requests of 10 MiB are on the wire at once. The loop takes 1 ms to "
@@ -47,10 +38,10 @@ REMARKS: dict[tuple[str, str], str] = {
     ),
     ("slow", "save: times faster than the reference"): (
         "Four requests follow one another, 30 ms each: the look at what is there, beside which the "
-        "upload begins; the parts; the upload's completion; the metadata. The loop takes 1 ms to "
-        "make each of 50 parts of 11 MiB, and the link 0.19 s for them: 0.36 s at the least. The "
-        "rest is CPU time, of which client and server take 0.45 s on the two cores. How finely "
-        "the server paces connections does not show: steps of 10, 20 and 40 ms cost it the same."
+        "upload begins and the parts are made; the parts, all at once, for which the link takes "
+        "0.19 s of each one's 11 MiB; the upload's completion; the metadata. That is 0.32 s at the "
+        "least, and a third of the reference's time is not much more. The rest is CPU time, of "
+        "which client and server take 0.4 s on the two cores."
     ),
     ("growth", "save: time for 4 times the tensors"): (
         "DCP's own part grows faster than the tensors, as the last row shows: the garbage "

@@ -320,7 +320,7 @@ async def asave(
     """
     return await in_thread(
         _on(_device(), save),
-        _Unhurried(state_dict) if type(state_dict) is dict else state_dict,
+        _Unhurried(state_dict.items()),
         uri,
         planner=planner,
         process_group=process_group,

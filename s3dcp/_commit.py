@@ -140,6 +140,21 @@ def deletions(replaced: Iterable[str], published: Iterable[str]) -> list[str]:
     return sorted(name for name in names if not name.endswith(METADATA_NAME))
 
 
+def folders_of(names: Iterable[str]) -> list[str]:
+    """Return every folder on the way to one of the names: "a" and "a/b" to "a/b/c"."""
+    found: set[str] = set()
+    for name in names:
+        parts = name.split("/")[:-1]
+        found.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    return sorted(found)
+
+
+def outside(names: Iterable[str], folders: Iterable[str]) -> list[str]:
+    """Return the names that do not lie below one of the folders."""
+    below = tuple(f"{folder}/" for folder in folders)
+    return [name for name in names if not name.startswith(below)]
+
+
 def _condition(found: Found | None) -> Condition | None:
     if found is None:
         return Condition(absent=True)

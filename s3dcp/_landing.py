@@ -38,6 +38,8 @@ from s3dcp._torch_internals import _StorageInfo, narrow_tensor_by_index
 
 # Copying less than this is quicker than a read of its own.
 _COPIED_BYTES = 256 << 10
+# What lies around a tensor's own bytes, headers say, is charged to the budget if it is more.
+_UNCHARGED_BYTES = 64 << 10
 # Leaving out less than this does not pay for another request.
 _LEAST_SAVING_BYTES = 1 << 20
 
@@ -281,7 +283,10 @@ def settle_place(item: Item, targets: list[torch.Tensor], take: Callable[[int], 
     elif item.is_small:
         pass  # the span that carries it gives it a place
     elif item.exact is not None:
-        item.places = list(_around(item.ranges, item.exact, memory_of(targets[0])))
+        if (spare_bytes := _spare_bytes(item.ranges, item.exact)) > _UNCHARGED_BYTES:
+            item.buffer = take(spare_bytes)
+        spare = item.buffer.view if item.buffer else memoryview(bytearray(spare_bytes))
+        item.places = list(_around(item.ranges, item.exact, memory_of(targets[0]), spare))
     else:
         item.buffer = take(item.missing_bytes)
         item.places = list(_one_after_another(item.ranges, item.buffer.view))
@@ -323,20 +328,32 @@ def _may_be_transposed(crcs: ItemCrcs, stored: Stored) -> bool:
 
 
 def _around(
-    ranges: Sequence[tuple[int, int]], exact: tuple[int, int], memory: memoryview
+    ranges: Sequence[tuple[int, int]],
+    exact: tuple[int, int],
+    memory: memoryview,
+    spare: memoryview,
 ) -> Iterator[tuple[int, memoryview]]:
-    """Yield places for `ranges`: `memory` for the exact range, scratch memory for the rest."""
+    """Yield places for `ranges`: `memory` for the exact range, `spare` for the rest."""
     first, last = exact
+    used = 0
     for start, end in ranges:
+        before = start, min(end, first)
         inside = max(start, first), min(end, last)
-        if inside[0] >= inside[1]:
-            yield start, memoryview(bytearray(end - start))
-            continue
-        if start < inside[0]:
-            yield start, memoryview(bytearray(inside[0] - start))
-        yield inside[0], memory[inside[0] - first : inside[1] - first]
-        if inside[1] < end:
-            yield inside[1], memoryview(bytearray(end - inside[1]))
+        behind = max(start, last), end
+        for a, b in (before, inside, behind):
+            if a >= b:
+                continue
+            if (a, b) == inside:
+                yield a, memory[a - first : b - first]
+            else:
+                yield a, spare[used : used + b - a]
+                used += b - a
+
+
+def _spare_bytes(ranges: Sequence[tuple[int, int]], exact: tuple[int, int]) -> int:
+    """Return how many bytes of `ranges` lie outside of the exact range."""
+    first, last = exact
+    return sum(end - start - max(0, min(end, last) - max(start, first)) for start, end in ranges)
 
 
 def _one_after_another(

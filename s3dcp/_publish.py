@@ -8,7 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from s3dcp._commit import Attempts, Found, Step, after_failure, next_step
+from s3dcp._commit import (
+    METADATA_NAME,
+    Attempts,
+    Found,
+    Step,
+    after_failure,
+    folders_of,
+    next_step,
+    outside,
+)
 from s3dcp._errors import (
     CheckpointExistsError,
     CommitConflictError,
@@ -17,7 +26,7 @@ from s3dcp._errors import (
     S3ServiceError,
 )
 from s3dcp._flow import Channel, wait_all
-from s3dcp._keys import S3Uri
+from s3dcp._keys import S3Uri, join
 from s3dcp._store import Scatter, Store
 from s3dcp._uploads import CLEANUP_ATTEMPTS, checksums_of
 
@@ -203,6 +212,29 @@ async def delete_quietly(channel: Channel, uris: Sequence[S3Uri]) -> None:
             _log.warning("could not delete %s, which nothing refers to: %s", uri, exc)
 
     await wait_all([partial(delete, uri) for uri in uris])
+
+
+async def delete_replaced(channel: Channel, base: S3Uri, names: Sequence[str]) -> None:
+    """Delete what only a replaced checkpoint named, as `delete_quietly` does.
+
+    But not what lies below a folder with a commit of its own, which may name it too: metadata that
+    reaches into another checkpoint is forged, or points there.
+
+    Args:
+        channel: The client's.
+        base: The checkpoint's place.
+        names: What may be deleted, below it.
+    """
+    folders = folders_of(names)
+    commits = [S3Uri(base.bucket, join(base.key, f"{each}/{METADATA_NAME}")) for each in folders]
+    try:
+        there = await wait_all([partial(exists, channel, commit) for commit in commits])
+    except S3Exception as exc:
+        _log.warning("objects of the checkpoint that was replaced are left in place: %s", exc)
+        return
+    nested = [folder for folder, found in zip(folders, there, strict=True) if found]
+    uris = [S3Uri(base.bucket, join(base.key, name)) for name in outside(names, nested)]
+    await delete_quietly(channel, uris)
 
 
 def already_exists(uri: S3Uri) -> CheckpointExistsError:

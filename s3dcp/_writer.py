@@ -35,7 +35,7 @@ from s3dcp._metadata import dump_metadata, load_metadata
 from s3dcp._portal import Calls
 from s3dcp._prefixes import DefaultPrefixStrategy, S3PrefixStrategyBase
 from s3dcp._progress import ProgressCallback
-from s3dcp._publish import Look, already_exists, delete_quietly, exists, look, publish
+from s3dcp._publish import Look, already_exists, delete_replaced, exists, look, publish
 from s3dcp._recording import Audience, Recording, ReportCallback
 from s3dcp._report import Report
 from s3dcp._saving import SavedItems
@@ -295,12 +295,13 @@ class S3StorageWriter(FileSystemWriter):
                 (info.relative_path for info in old.storage_data.values()),
                 (info.relative_path for info in metadata.storage_data.values()),
             )
-            uris = self._uris(names)
+            self._uris(names)  # or some lead elsewhere
             dismantle(old.storage_data, old.state_dict_metadata)
         except (CorruptMetadataError, InvalidS3UriError) as exc:
             _log.warning("objects of the checkpoint that was replaced are left in place: %s", exc)
             return
-        self.fs.client.call_counted(self.recording.tally, delete_quietly, uris)
+        base = parse_s3_uri(self.path)
+        self.fs.client.call_counted(self.recording.tally, delete_replaced, base, names)
 
     def _uris(self, names: Iterable[str]) -> list[S3Uri]:
         base = parse_s3_uri(self.path)

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -93,7 +94,7 @@ def test_the_callers_loop_goes_on(apart: FakeS3Process, run: Run, shape: str) ->
 
 def test_the_callers_loop_goes_on_beside_many_keys(apart: FakeS3Process, unlogged: None) -> None:
     """DCP logs each, and takes the GIL back before a waiting loop has woken up."""
-    state = {f"layer.{n}": torch.full((16,), float(n)) for n in range(20_000)}
+    state = OrderedDict((f"layer.{n}", torch.full((16,), float(n))) for n in range(20_000))
 
     async def main() -> None:
         await s3dcp.asave(state, URI)

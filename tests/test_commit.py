@@ -15,8 +15,10 @@ from s3dcp._commit import (
     after_failure,
     data_name,
     deletions,
+    folders_of,
     metadata_name,
     next_step,
+    outside,
 )
 from s3dcp._errors import (
     AccessDeniedError,
@@ -343,3 +345,10 @@ def test_conditions_are_kept_where_they_are_known_to_hold() -> None:
 
 def test_no_commit_is_ever_deleted() -> None:
     assert deletions(["a", ".metadata", "b/.metadata", "__1.metadata"], []) == ["a"]
+
+
+def test_folders() -> None:
+    names = ["a", "b/c", "b/d/e", "b//f", "g/h"]
+    assert folders_of(names) == ["b", "b/", "b/d", "g"]
+    assert outside(names, ["b/d", "g"]) == ["a", "b/c", "b//f"]
+    assert outside(names, []) == names

@@ -30,6 +30,7 @@ from s3dcp._loading import LoadedItems
 from s3dcp._metadata import ItemCrcs
 from s3dcp._portal import portal
 from s3dcp._saving import SavedItems
+from s3dcp._staging import Buffer, Memory
 from s3dcp._store import ObjectInfo, Scatter
 from s3dcp._torch_internals import _StorageReaderTransforms
 from tests._stores import MemoryStore, channel_of
@@ -173,6 +174,27 @@ def test_some_rows(saved: Any, first: int, count: int) -> None:
     assert torch.equal(target, state["rows"][first : first + count])
     row = 2049 * 4
     assert store.fetched_bytes <= count * row + 2 * (MiB + row) + 4096
+
+
+def test_what_lies_around_some_rows_is_charged(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks are read whole to be verified: up to two of them for each item."""
+    borrowed: list[int] = []
+    borrow = Memory.borrow
+
+    def noted(memory: Memory, size_bytes: int, *, pinned: bool) -> Buffer:
+        borrowed.append(size_bytes)
+        return borrow(memory, size_bytes, pinned=pinned)
+
+    monkeypatch.setattr(Memory, "borrow", noted)
+    store = CountingStore()
+    state = {"rows": torch.randn(3000, 2049)}
+    metadata = saved(store, state)
+    borrowed.clear()
+    [target] = targets = [torch.zeros(500, 2049)]
+    load(store, metadata, [request("rows", 0, (1003, 0), (500, 2049))], targets)
+    assert torch.equal(target, state["rows"][1003:1503])
+    around = store.fetched_bytes - target.nbytes
+    assert around - 64 * 1024 <= sum(borrowed) <= around
 
 
 @pytest.mark.usefixtures("place")

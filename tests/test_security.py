@@ -406,6 +406,21 @@ class TestPlaces:
             (BUCKET, f"run/{name}")
         }
 
+    def test_what_another_checkpoint_holds_outlives_one_that_names_it(self, fake: FakeS3) -> None:
+        """And is replaced, when all else that it names goes."""
+        below = S3StorageWriter(None, f"s3://{BUCKET}/run/best")
+        dcp.save(STATE, storage_writer=below, no_dist=True)
+        [theirs] = [key for key in fake.keys(BUCKET) if key.endswith(".distcp")]
+        fake.write(BUCKET, "run/spare/x", b"")
+        save()
+        names = iter([theirs.removeprefix("run/"), "spare/x"])
+        forge(fake, lambda info: setattr(info, "relative_path", next(names)))
+
+        save()
+
+        assert theirs in fake.keys(BUCKET)
+        assert "run/spare/x" not in fake.keys(BUCKET)
+
     @pytest.mark.parametrize(
         "descriptors", [["no-such/1"], ["os.system/1"], ["zstd"], [""], ["a/b/c"]]
     )

@@ -224,9 +224,13 @@ class TestOurs:
     ) -> None:
         state = tensors()
         save(state, "run")
-        for text in (b"old", b"new"):
-            fake.write(BUCKET, "run/config.json", text)
-            report = copy(RUN, tmp_path, overwrite=True)
+        fake.write(BUCKET, "run/config.json", b"old")
+        copy(RUN, tmp_path)
+        fake.write(BUCKET, "run/config.json", b"new")
+
+        with pytest.raises(CheckpointExistsError, match=r"config\.json is another"):
+            copy(RUN, tmp_path)
+        report = copy(RUN, tmp_path, overwrite=True)
 
         assert report.copied_objects == 1
         assert (tmp_path / "config.json").read_bytes() == b"new"

@@ -21,7 +21,7 @@ from s3dcp._errors import (
     S3ConfigError,
 )
 from s3dcp._flow import Channel, wait_all
-from s3dcp._formats import SAFETENSORS, Format, FormatName, format_of
+from s3dcp._formats import CLAIM_NAME, SAFETENSORS, Format, FormatName, format_of
 from s3dcp._hf_files import read_header
 from s3dcp._hf_index import SAVE_ID_KEY
 from s3dcp._inventory import (
@@ -119,7 +119,8 @@ def delete(
 
     Interrupted in between, it leaves objects that no checkpoint names, which `gc` removes if a
     save of ours wrote them. Of a safetensors checkpoint, `*.safetensors` files are deleted, and the
-    shards in `sharded/` that it was made of; a model's other files stay.
+    shards in `sharded/` that it was made of; a model's other files stay. The `.s3dcp-copy` of a
+    copy that was cut off goes too.
 
     Args:
         uri: The checkpoint's place.
@@ -250,6 +251,8 @@ async def _delete(channel: Channel, root: S3Uri, name: FormatName | None) -> Non
             bucket=root.bucket,
             key=root.key,
         )
+    claim = f"{root.key}{CLAIM_NAME}"
+    await _drop_all(channel, root.bucket, [info for info in found.listing if info.key == claim])
 
 
 async def _gc(

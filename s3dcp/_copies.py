@@ -16,9 +16,9 @@ be taken up where it ended because a claim says what it was a copy of:
 |                       |           | it goes first, commits before data                           |
 
 That holds for DCP, whose files nobody else calls so, and whose commits are of one save each. Files
-of other formats are bare. What is there under their names is vouched for by this copy's claim, as
-long as there is no commit, and by the source's own commits, if they say of which save the file is.
-Otherwise it stays if it has the same bytes, and is another checkpoint's if not.
+of other formats are bare. Neither a claim nor a commit tells whose file has such a name by now, as
+others save, edit and download under the same names. Its bytes do: it stays if they are the same,
+and is another checkpoint's if not.
 """
 
 from __future__ import annotations
@@ -63,14 +63,12 @@ class Manifest:
             bytes.
         items: Those of each file, where any are known.
         bare: The files of which others may be called the same.
-        sealed: Those among them of which the commits say which save they are of.
     """
 
     commits: Mapping[str, bytes]
     files: Mapping[str, ObjectInfo]
     items: Mapping[str, Sequence[Item]]
     bare: AbstractSet[str] = frozenset()
-    sealed: AbstractSet[str] = frozenset()
 
     @property
     def last(self) -> tuple[str, ...]:
@@ -99,7 +97,7 @@ class Plan:
         uncommitted: The replaced checkpoint's commits, where they cannot stay until the end.
         removed_first: What goes after them, and before anything is written.
         removed_last: What only the replaced checkpoint used, which goes after the commit.
-        trusted: Whether files that are not whole are parts of the right ones.
+        trusted: Whether what an earlier run left is of this checkpoint.
     """
 
     missing: tuple[str, ...]
@@ -146,27 +144,16 @@ def items_of(commits: Mapping[str, bytes], source: str) -> dict[str, list[Item]]
     return {name: sorted(found[name], key=lambda item: item.start) for name in sorted(found)}
 
 
-def doubtful(
-    manifest: Manifest, there: Iterable[str], commits: Mapping[str, bytes], *, claimed: bool
-) -> AbstractSet[str]:
-    """Return the files at the target of which only their bytes tell whose they are; see `plan`."""
-    found = manifest.bare & set(there)
-    if claimed and not commits and found.isdisjoint(manifest.last):
-        return set()  # a claim is none of what was committed: that may have been replaced since
-    return found - manifest.sealed if commits and commits == manifest.commits else found
-
-
 def others(
     manifest: Manifest,
-    there: Collection[str],
+    there: Iterable[str],
     commits: Mapping[str, bytes],
     *,
-    claimed: bool,
     same: Collection[str] = (),
 ) -> list[str]:
     """Return the names of what is at the target and of another checkpoint; arguments as `plan`."""
     found = [name for name, body in commits.items() if manifest.commits.get(name) != body]
-    return found + sorted(doubtful(manifest, there, commits, claimed=claimed) - set(same))
+    return found + sorted((manifest.bare & set(there)) - set(same))
 
 
 def plan(
@@ -185,10 +172,10 @@ def plan(
         there: The sizes of the files at the target that have names of the manifest's.
         commits: Those at the target.
         claimed: Whether an earlier run began to copy just this.
-        same: The doubtful files that have the very bytes.
+        same: The bare files at the target that have the very bytes.
         named: What another checkpoint's commits at the target name; None if they cannot be read.
     """
-    replaced = others(manifest, there, commits, claimed=claimed, same=same)
+    replaced = others(manifest, there, commits, same=same)
     replaces = bool(replaced)
     clash = replaces and (
         named is None

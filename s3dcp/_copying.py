@@ -11,7 +11,7 @@ from pathlib import Path
 from s3dcp._budget import budget
 from s3dcp._cancellation import in_thread
 from s3dcp._config import S3ClientConfig
-from s3dcp._copies import Manifest, doubtful, others, plan
+from s3dcp._copies import PARTIAL_SUFFIX, Manifest, others, plan
 from s3dcp._errors import (
     CheckpointChangedError,
     CheckpointExistsError,
@@ -91,10 +91,10 @@ def copy(
     `*.json`, `*.txt`, `*.model`, `*.py`, `*.md`, `*.jinja` or `*.tiktoken`, as a model's
     configuration and its tokenizer are. Not so what is called otherwise, what lies in folders below
     it (the shards of which the files were made, in `sharded/`, are a checkpoint of their own), and
-    indices of other weights. Of such files, and of safetensors that another library wrote, no
-    commit says which version it means. So those at the target are compared, by size and CRC64NVME,
-    unless a run that was cut off copied them: the same ones stay, and any other one is another
-    checkpoint's. A store that keeps no CRC64NVME is read for that.
+    indices of other weights. Names of safetensors and such files do not tell which version they
+    are, whoever wrote them. So those at the target are compared, by size and CRC64NVME: the same
+    ones stay, also of a run that was cut off, and any other one is another checkpoint's. What is on
+    a disk, or in a store that keeps no CRC64NVME, is read for that.
 
     Let one process at a time copy to a place. On a disk another one is refused. In a bucket it is
     found out only before the commit, when objects that both call the same may be the other's.
@@ -202,7 +202,7 @@ class _There:
         commits: Those of the copy's format; without their bytes where these are data.
         sizes: Of the files that have names of the copy's.
         claim: What it is going to be a copy of, if any was begun.
-        same: Those that are the copy's, though nothing but their bytes tells.
+        same: The bare ones among them that have the very bytes.
     """
 
     commits: Mapping[str, bytes]
@@ -254,14 +254,17 @@ class _Copying:
             same=there.same,
             named=await offload(self._named, there.commits),
         )
+        resume = decided.trusted and claimed == claim
         if decided.missing or there.commits != self.manifest.commits:
             if claimed and not decided.trusted:
                 await target.claim(b"")  # what is there must not be trusted later on, either
             await target.remove(decided.uncommitted)
             await target.remove(decided.removed_first)
+            if not resume:
+                await target.discard(decided.missing)
             claimed = claim
             await target.claim(claim)
-            await self._move(decided.missing, room, resume=decided.trusted)
+            await self._move(decided.missing, room, resume=resume)
             for name, body in self.manifest.commits.items():
                 await target.commit(name, body, overwrite=self.overwrite)
             await target.remove(decided.removed_last)
@@ -305,10 +308,12 @@ class _Copying:
         }
         files = await target.files(manifest.files)
         claim = await target.read(CLAIM_NAME)
-        claimed = claim == manifest.claim
-        unsure = doubtful(manifest, files, commits, claimed=claimed)
-        same = await self._same([files[name] for name in sorted(unsure)], room)
-        found = others(manifest, files, commits, claimed=claimed, same=same)
+        bare = [info for name, info in files.items() if name in manifest.bare]
+        same = await self._same(bare, room)
+        found = others(manifest, files, commits, same=same)
+        if claim is None:  # no copy wrote what is there in part
+            parts = await target.parts(manifest.files.keys() - files.keys())
+            found += [f"{name}{PARTIAL_SUFFIX}" for name in sorted(parts)]
         if found and not self.overwrite:
             raise CheckpointExistsError(
                 f"There is another checkpoint at {target}, or a part of one (its {found[0]} is "

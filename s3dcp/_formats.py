@@ -76,6 +76,16 @@ class Format:
             return False
         return self.companion.fullmatch(posixpath.basename(key)) is not None
 
+    def is_own(self, name: str) -> bool:
+        """Return whether data that a commit names may go with it when it is replaced.
+
+        Data that recurs lies beside its commit: below there may be a checkpoint of its own.
+
+        Args:
+            name: Relative to the commit's folder.
+        """
+        return name.endswith(self.suffix) and not (self.recurs and "/" in name)
+
     def rank_of(self, key: str) -> int | None:
         """Return the rank that wrote an object, if its key tells."""
         match = self.rank.match(posixpath.basename(key))

@@ -40,7 +40,14 @@ from s3dcp._errors import (
     ObjectNotFoundError,
 )
 from s3dcp._flow import Channel, wait_all
-from s3dcp._formats import CLAIM_NAME, INDEX_NAME, MANIFEST_NAME, SINGLE_NAME, SUFFIX
+from s3dcp._formats import (
+    CLAIM_NAME,
+    INDEX_NAME,
+    MANIFEST_NAME,
+    SAFETENSORS,
+    SINGLE_NAME,
+    SUFFIX,
+)
 from s3dcp._hf_index import (
     OFFSETS_KEY,
     SAVE_ID_KEY,
@@ -166,7 +173,9 @@ async def _uncommitted(channel: Channel, base: S3Uri) -> list[str]:
     listed = await list_all(channel, S3Uri(base.bucket, folder), delimiter="/")
     if any(info.key == f"{folder}{CLAIM_NAME}" for info in listed):
         raise CheckpointNotFoundError(
-            f"No checkpoint at {base}: a copy to it has not finished. Copy again, or load another",
+            f"No checkpoint at {base}: a copy to it has not finished, as its {CLAIM_NAME} says, "
+            f"and there is no {INDEX_NAME}. Copy again, or load another one; if the files are "
+            f"whole without that copy, delete {CLAIM_NAME}",
             bucket=base.bucket,
             key=base.key,
         )
@@ -389,8 +398,7 @@ async def commit(
     replaced = await publish(channel, uri, await offload(dump_index, index), overwrite=overwrite)
     if replaced is not None:
         stale = stale | _files_of(replaced, uri)
-    # Nothing else, whatever an index says: no other checkpoint below, no commit.
-    stale = {name for name in stale if name.endswith(SUFFIX) and "/" not in name}
+    stale = {name for name in stale if SAFETENSORS.is_own(name)}  # whatever an index says
     await delete_quietly(channel, [child_uri(base, name) for name in sorted(stale - index.files)])
     _log.info("committed %s", uri)
 

@@ -57,7 +57,6 @@ async def manifest_of(
         files={name: files[name] for name in sorted(files)},
         items=await _items(place, stored, indices) if look_into else {},
         bare=files.keys(),
-        sealed={name for index in indices for name in index.saved},
     )
 
 
@@ -81,7 +80,7 @@ def names_of(place: Place, format_: Format, commits: Mapping[str, bytes]) -> set
         names = {name for index in _indices(place, commits) for name in index.files}
     for name in names:
         place.check(name)
-    return {name for name in names if name.endswith(format_.suffix)}
+    return {name for name in names if format_.is_own(name)}
 
 
 def _indices(place: Place, commits: Mapping[str, bytes]) -> list[Index]:

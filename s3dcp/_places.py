@@ -72,6 +72,12 @@ class Place(Protocol):
     async def remove(self, names: Iterable[str]) -> None:
         """Remove files, whole or not; those that are absent are no error."""
 
+    async def parts(self, names: Iterable[str]) -> list[str]:
+        """Return those of these names of which there is a file that is not whole."""
+
+    async def discard(self, names: Iterable[str]) -> None:
+        """Remove what is not whole, and may be taken for a part of these files."""
+
     def alone(self) -> AbstractContextManager[None]:
         """Return a context in which no other process copies to this place, as far as it can tell.
 
@@ -154,6 +160,12 @@ class Bucket:
 
     async def remove(self, names: Iterable[str]) -> None:
         await wait_all([partial(delete, self.channel, self.uri(name)) for name in names])
+
+    async def parts(self, names: Iterable[str]) -> list[str]:  # noqa: ARG002
+        return []  # those of uploads are no objects,
+
+    async def discard(self, names: Iterable[str]) -> None:
+        pass  # and are compared before they are used
 
     def alone(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -271,15 +283,23 @@ class Folder:
         return None
 
     async def remove(self, names: Iterable[str]) -> None:
-        await offload(self._remove, list(names))
+        paths = [self.file(name) for name in names]
+        await offload(self._remove, [*paths, *map(partial_of, paths)])
 
-    def _remove(self, names: Iterable[str]) -> None:
-        for name in names:
-            path = self.file(name)
-            for each in (path, partial_of(path)):
-                with suppress(FileNotFoundError, NotADirectoryError):
-                    each.unlink()
-                    self._changed(each)
+    async def parts(self, names: Iterable[str]) -> list[str]:
+        return await offload(self._parts, list(names))
+
+    def _parts(self, names: Iterable[str]) -> list[str]:
+        return [name for name in names if partial_of(self.file(name)).exists()]
+
+    async def discard(self, names: Iterable[str]) -> None:
+        await offload(self._remove, [partial_of(self.file(name)) for name in names])
+
+    def _remove(self, paths: Iterable[Path]) -> None:
+        for path in paths:
+            with suppress(FileNotFoundError, NotADirectoryError):
+                path.unlink()
+                self._changed(path)
         self._sync_folders()
 
     @contextmanager

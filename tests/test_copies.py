@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from hashlib import sha256
 from random import Random
 from typing import TYPE_CHECKING
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 
 from s3dcp import CorruptMetadataError
 from s3dcp._checksums import crc_of, crcs_of
-from s3dcp._copies import Checks, Item, Manifest, doubtful, items_of, others, part_bytes_of, plan
+from s3dcp._copies import Checks, Item, Manifest, items_of, others, part_bytes_of, plan
 from s3dcp._ranges import MiB
 from s3dcp._store import ObjectInfo, Part, PartList
 from tests._catalogs import metadata_of
@@ -94,36 +93,29 @@ class TestPlan:
         assert not found.trusted
 
     @pytest.mark.parametrize(
-        ("commits", "claimed", "same", "replaced"),
+        ("commits", "same", "replaced"),
         [
-            pytest.param({}, False, "a", "", id="the same bytes"),
-            pytest.param({}, False, "", "a", id="other bytes, of nobody knows what"),
-            pytest.param(OWN, False, "a", "", id="a copy already"),
-            pytest.param(OWN, False, "", "a", id="of another with the same index"),
-            pytest.param({}, True, "", "", id="cut off"),
-            pytest.param(OWN, True, "", "a", id="saved anew, with the same index, since the claim"),
-            pytest.param(OTHER, False, "a", ".metadata", id="in use by another"),
-            pytest.param(OTHER, True, "a", ".metadata", id="cut off, and another came"),
+            pytest.param({}, "a", "", id="the same bytes"),
+            pytest.param({}, "", "a", id="other bytes, of nobody knows what"),
+            pytest.param(OWN, "a", "", id="a copy already"),
+            pytest.param(OWN, "", "a", id="of another with the same index"),
+            pytest.param(OTHER, "a", ".metadata", id="in use by another"),
         ],
     )
     def test_a_bare_file_is_known_by_its_bytes_alone(
-        self, commits: dict[str, bytes], claimed: bool, same: str, replaced: str
+        self, commits: dict[str, bytes], same: str, replaced: str
     ) -> None:
-        bare = manifest(bare="a")
-
-        found = others(bare, {"a", "b"}, commits, claimed=claimed, same=same)
+        found = others(manifest(bare="a"), {"a", "b"}, commits, same=same)
 
         assert found == [replaced] * bool(replaced)
 
-    @pytest.mark.parametrize(
-        ("commits", "found"), [(OWN, {"a"}), (OTHER, {"a", "b"}), ({}, {"a", "b"})]
-    )
-    def test_a_sealed_file_is_known_by_the_sources_own_commit(
-        self, commits: dict[str, bytes], found: set[str]
-    ) -> None:
-        sealed = replace(manifest(bare="ab"), sealed=frozenset("b"))
+    def test_no_claim_vouches_for_a_bare_file(self) -> None:
+        there = {"a": 10, "b": 10}
 
-        assert doubtful(sealed, "abc", commits, claimed=False) == found
+        found = plan(manifest(bare="ab"), there, {}, claimed=True, same="b")
+
+        assert (found.missing, found.removed_first) == (("a",), ("a",))
+        assert not found.trusted
 
     def test_a_bare_file_that_is_the_same_stays_though_others_go(self) -> None:
         there = {"a": 10, "b": 10}

@@ -286,6 +286,25 @@ class TestCutOff:
         assert report.copied_bytes == 12 * MiB
         assert (tmp_path / "a").read_bytes() == changed
 
+    def test_parts_of_another_checkpoint_are_not_taken_over_by_the_one_after_it(
+        self, fake: FakeS3, tmp_path: Path
+    ) -> None:
+        """Cut off as well, before it came to that file: the claim is its own by then."""
+        sizes = {"a": 1 * MiB, "b": 12 * MiB}
+        for run in "12":
+            fake.write(BUCKET, f"run/{run}/.metadata", metadata_of(sizes))
+            for name, size in sizes.items():
+                fake.write(BUCKET, f"run/{run}/{name}", run.encode() * size)
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key="run/1/b", skip=1)
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key="run/2/a")
+        for run in "12":
+            with pytest.raises(S3Exception):
+                copy(f"{RUN}/{run}", tmp_path, s3client_config=ONE)
+
+        copy(f"{RUN}/2", tmp_path, s3client_config=ONE)
+
+        assert all((tmp_path / name).read_bytes() == b"2" * size for name, size in sizes.items())
+
     def test_whole_items_that_were_damaged_are_found_before_anything_is_fetched(
         self, fake: FakeS3, tmp_path: Path
     ) -> None:

@@ -108,6 +108,14 @@ def kill(fake: FakeS3, zygote: Zygote, arguments: tuple[str, ...], **where: Any)
     fake.forget()
 
 
+def cut_off(source: Path | str, target: str, fake: FakeS3) -> None:
+    """Copy all but the index."""
+    rule = fake.inject(Refuse("AccessDenied"), operation="PutObject", key=f"*/{INDEX}")
+    with pytest.raises(S3Exception):
+        copy(source, target)
+    assert rule.struck
+
+
 class TestOurs:
     @pytest.mark.parametrize(
         ("options", "commit"), [({}, INDEX), ({"save_distributed": True}, MANIFEST)]
@@ -181,6 +189,52 @@ class TestOurs:
 
         assert on_disk(tmp_path / "full") == {INDEX, "model-00001-of-00001.safetensors"}
         assert MANIFEST in on_disk(tmp_path / "shards")
+
+    def test_a_save_that_died_where_a_copy_was_cut_off(self, fake: FakeS3) -> None:
+        """Its files have the names and sizes of the copy's, whose claim is still there."""
+        save(tensors(1), "run")
+        cut_off(RUN, COPY, fake)
+        fake.inject(Refuse("AccessDenied"), operation="PutObject", key=f"copy/{INDEX}")
+        with pytest.raises(S3Exception):
+            save(tensors(2), "copy")
+        assert ".s3dcp-copy" in names(fake, "copy")
+
+        with pytest.raises(CheckpointExistsError, match="a part of one"):
+            copy(RUN, COPY)
+        copy(RUN, COPY, overwrite=True)
+
+        assert run("verify", COPY).exit_code == 0
+        assert_same(load(tensors(1), "copy"), tensors(1))
+
+    def test_overwriting_mends_a_copy(self, fake: FakeS3) -> None:
+        """That has its own index, and a file of the same size of another save."""
+        for seed in (1, 2):
+            save(tensors(seed), f"{seed}")
+        copy(uri_of("1"), COPY)
+        [name] = [name for name in names(fake, "copy") if name != INDEX]
+        fake.write(BUCKET, f"copy/{name}", fake.read(BUCKET, f"2/{name}"))
+        assert run("verify", COPY).exit_code != 0
+
+        assert copy(uri_of("1"), COPY, overwrite=True).copied_objects == 1
+
+        assert run("verify", COPY).exit_code == 0
+
+    def test_of_what_has_a_new_configuration_nothing_else_is_copied(
+        self, fake: FakeS3, tmp_path: Path
+    ) -> None:
+        state = tensors()
+        save(state, "run")
+        fake.write(BUCKET, "run/config.json", b"old")
+        copy(RUN, tmp_path)
+        fake.write(BUCKET, "run/config.json", b"new")
+
+        with pytest.raises(CheckpointExistsError, match=r"config\.json is another"):
+            copy(RUN, tmp_path)
+        report = copy(RUN, tmp_path, overwrite=True)
+
+        assert report.copied_objects == 1
+        assert (tmp_path / "config.json").read_bytes() == b"new"
+        assert_same(loaded_by_the_library(tmp_path), state)
 
     def test_damage_on_the_way(self, fake: FakeS3, tmp_path: Path) -> None:
         save(tensors(), "run")
@@ -309,6 +363,35 @@ class TestPretrained:
         copy(tmp_path / "one", COPY, overwrite=True)
         assert_same(load(state, "copy"), state)
 
+    def test_a_checkpoint_in_a_folder_below_stays(self, fake: FakeS3, tmp_path: Path) -> None:
+        """Even if the index that is replaced names its files."""
+        state = pretrained(tmp_path / "other", tensors(2))
+        pretrained(tmp_path / "model", tensors(1))
+        copy(tmp_path / "other", f"{RUN}/other")
+        named = {"a.weight": f"other/{FILES[0]}", "b.weight": "old.safetensors"}
+        fake.write(BUCKET, f"run/{INDEX}", json.dumps({"weight_map": named}).encode())
+        fake.write(BUCKET, "run/old.safetensors", b"")
+
+        copy(tmp_path / "model", RUN, overwrite=True)
+
+        assert_same(load(state, "run/other"), state)
+        assert "old.safetensors" not in names(fake, "run")
+
+    def test_a_file_at_the_target_that_is_called_as_a_part(
+        self, fake: FakeS3, tmp_path: Path
+    ) -> None:
+        pretrained(tmp_path / "model", tensors())
+        copy(tmp_path / "model", RUN)
+        (tmp_path / "copy").mkdir()
+        (tmp_path / "copy/config.json.partial").write_text("mine")
+
+        with pytest.raises(CheckpointExistsError, match=r"config\.json\.partial is another"):
+            copy(RUN, tmp_path / "copy")
+        assert contents(tmp_path / "copy") == {"config.json.partial": b"mine"}
+
+        copy(RUN, tmp_path / "copy", overwrite=True)
+        assert on_disk(tmp_path / "copy") == set(names(fake, "run"))
+
     def test_through_links(self, fake: FakeS3, tmp_path: Path) -> None:
         """As in the cache of the Hub."""
         state = pretrained(tmp_path / "blobs", tensors())
@@ -351,11 +434,9 @@ class TestCutOff:
     def test_what_is_there_of_it_is_not_loaded(self, fake: FakeS3, tmp_path: Path) -> None:
         """As files without an index are, if nothing tells that they are not all."""
         state = pretrained(tmp_path, tensors())
-        fake.inject(Refuse("AccessDenied"), operation="PutObject", key=f"*/{INDEX}")
-        with pytest.raises(S3Exception):
-            copy(tmp_path, RUN)
+        cut_off(tmp_path, RUN, fake)
 
-        with pytest.raises(AssertionError, match="a copy to it has not finished"):
+        with pytest.raises(AssertionError, match=r"a copy to it has not .* delete \.s3dcp-copy"):
             load(state, "run")
         assert (
             "a copy to it has not finished" in run("verify", RUN, "--format", "safetensors").stderr
@@ -428,14 +509,43 @@ class TestCutOff:
         weights = [SINGLE] if single else FILES
         assert all(found[name] == copied[name] != there[name] for name in weights)
 
+    @pytest.mark.parametrize("name", [FILES[1], "config.json"])
+    def test_what_others_put_there_since_is_not_taken_for_the_copys(
+        self, fake: FakeS3, tmp_path: Path, name: str
+    ) -> None:
+        """Of the same size; the claim is still there."""
+        state = pretrained(tmp_path, tensors())
+        cut_off(tmp_path, RUN, fake)
+        other = (tmp_path / name).read_bytes()[::-1]
+        fake.write(BUCKET, f"run/{name}", other)
+
+        with pytest.raises(CheckpointExistsError, match=f"{name} is another"):
+            copy(tmp_path, RUN)
+        assert fake.read(BUCKET, f"run/{name}") == other
+        assert INDEX not in names(fake, "run")
+
+        assert copy(tmp_path, RUN, overwrite=True).copied_objects == 1
+        assert fake.read(BUCKET, f"run/{name}") == (tmp_path / name).read_bytes()
+        assert_same(load(state, "run"), state)
+
+    def test_its_claim_is_deleted_with_it(self, fake: FakeS3, tmp_path: Path) -> None:
+        """If it was cut off right after the commit."""
+        pretrained(tmp_path, tensors())
+        fake.inject(Refuse("AccessDenied"), operation="DeleteObject", key="*/.s3dcp-copy")
+        with pytest.raises(S3Exception):
+            copy(tmp_path, RUN)
+        assert ".s3dcp-copy" in names(fake, "run")
+
+        s3dcp.delete(RUN)
+
+        assert set(names(fake, "run")) == COMPANIONS
+
     def test_of_another_it_takes_over_nothing_but_what_is_the_same(
         self, fake: FakeS3, tmp_path: Path
     ) -> None:
         pretrained(tmp_path / "1", tensors(1))
         state = pretrained(tmp_path / "2", tensors(2))
-        fake.inject(Refuse("AccessDenied"), operation="PutObject", key=f"*/{INDEX}")
-        with pytest.raises(S3Exception):
-            copy(tmp_path / "1", COPY)
+        cut_off(tmp_path / "1", COPY, fake)
 
         with pytest.raises(CheckpointExistsError, match="a part of one"):
             copy(tmp_path / "2", COPY)

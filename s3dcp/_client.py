@@ -54,6 +54,7 @@ from s3dcp._store import (
     Scatter,
     UploadInfo,
     Views,
+    matchable,
 )
 from s3dcp._turns import Turns
 
@@ -126,7 +127,7 @@ class S3Store:
                 "get_object",
                 uri,
                 Range=f"bytes={start}-{end - 1}",
-                **_given(IfMatch=if_match),
+                **_given(IfMatch=matchable(if_match)),
                 **self._read_args(),
             )
             response: aiohttp.ClientResponse = answer["Body"].raw_stream
@@ -279,7 +280,7 @@ class S3Store:
         )
 
     async def delete(self, uri: S3Uri, *, if_match: str | None = None) -> None:
-        condition = if_match if self.conditional_writes else None
+        condition = matchable(if_match) if self.conditional_writes else None
         with mapped("DeleteObject", uri):
             await self._call("delete_object", uri, **_given(IfMatch=condition), **self._read_args())
 
@@ -544,7 +545,7 @@ def _part(entry: dict[str, Any]) -> Part:
 def _copied(source: S3Uri, if_match: str | None) -> dict[str, Any]:
     return {
         "CopySource": {"Bucket": source.bucket, "Key": source.key},
-        **_given(CopySourceIfMatch=if_match),
+        **_given(CopySourceIfMatch=matchable(if_match)),
     }
 
 

@@ -31,7 +31,7 @@ from s3dcp._errors import (
     S3Exception,
     S3ServiceError,
 )
-from s3dcp._store import Condition
+from s3dcp._store import Condition, matchable
 
 METADATA_NAME = ".metadata"
 _REFUSES_CONDITIONS = frozenset({400, 501})
@@ -158,9 +158,8 @@ def outside(names: Iterable[str], folders: Iterable[str]) -> list[str]:
 def _condition(found: Found | None) -> Condition | None:
     if found is None:
         return Condition(absent=True)
-    if found.etag is None or found.etag.startswith("W/"):
-        return None  # a weak ETag cannot be matched
-    return Condition(etag=found.etag)
+    etag = matchable(found.etag)
+    return None if etag is None else Condition(etag=etag)
 
 
 def _key_changed(before: Found | None, now: Found | None) -> bool:

@@ -14,7 +14,7 @@ from s3dcp._flow import Channel, wait_all
 from s3dcp._keys import S3Uri
 from s3dcp._portal import offload
 from s3dcp._ranges import cut
-from s3dcp._store import Moved, ObjectInfo, Scatter, Views
+from s3dcp._store import Moved, ObjectInfo, Scatter, Views, same_etag
 
 
 class Downloads:
@@ -104,7 +104,7 @@ class Downloads:
         Raises:
             CheckpointChangedError: another one was read before.
         """
-        if etag is not None and self._etags.setdefault(uri, etag) != etag:
+        if etag is not None and not same_etag(self._etags.setdefault(uri, etag), etag):
             raise _changed(uri)
 
 

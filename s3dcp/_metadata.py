@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import io
+import math
 import pathlib
 import pickle
 import struct
@@ -231,6 +232,9 @@ def _check(metadata: Metadata, source: str) -> None:
     meta: object = metadata.storage_meta
     if not isinstance(meta, (StorageMeta, NoneType)):
         _refuse(source, f"has a {type(meta).__name__} for its storage")
+    save_id: object = None if meta is None else meta.save_id
+    if not isinstance(save_id, (str, NoneType)):
+        _refuse(source, f"has a {type(save_id).__name__} for its save_id")
 
 
 def _check_entries(entries: object, source: str) -> None:
@@ -270,6 +274,7 @@ def _is_tensor_entry(entry: Any) -> bool:
         and isinstance(entry.chunks, list)
     ):
         return False
+    count = 0
     for chunk in entry.chunks:  # a generator for `all` would double the time
         if not (
             isinstance(chunk, ChunkStorageMetadata)
@@ -282,7 +287,10 @@ def _is_tensor_entry(entry: Any) -> bool:
         for start, size, end in zip(chunk.offsets, chunk.sizes, entry.size, strict=True):
             if not 0 <= start <= start + size <= end:
                 return False
-    return True
+        count += math.prod(chunk.sizes)
+    # Ranks that save by themselves describe their own parts alone; but those, and each once.
+    whole = math.prod(entry.size)
+    return count <= whole and (bool(entry.chunks) or not whole)
 
 
 def _is_a(value: object, kind: type) -> bool:

@@ -34,6 +34,16 @@ class ObjectInfo:
         return self.size_bytes
 
 
+def matchable(etag: str | None) -> str | None:
+    """Return an ETag as conditions may name it: a weak one never matches (RFC 9110), so None."""
+    return None if etag is None or etag.startswith("W/") else etag
+
+
+def same_etag(one: str, other: str) -> bool:
+    """Tell whether answers are of one object. A cache may weaken the ETag of some of them."""
+    return one.removeprefix("W/") == other.removeprefix("W/")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UploadInfo:
     """A multipart upload that has neither been completed nor aborted."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import os
 import pickle
 import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,9 @@ from s3dcp import (
     ServerError,
     _client,
 )
+from s3dcp._keys import S3Uri
 from s3dcp._portal import portal
+from s3dcp._store import Scatter, Store
 from tests._scripted import (
     HANG_UP,
     LEAN,
@@ -432,6 +436,30 @@ def ranged(body: bytes, shown: str | None, status: int = 206) -> bytes:
     return answer(status, body, **({"Content_Range": shown} if shown else {}), ETag='"e"')
 
 
+KEY = S3Uri("bucket", "key")
+CONDITIONAL: dict[str, Callable[[Store, str], Awaitable[object]]] = {
+    "GetObject": lambda store, etag: store.get_range(
+        KEY, 0, Scatter([memoryview(bytearray(4))]), if_match=etag
+    ),
+    "DeleteObject": lambda store, etag: store.delete(KEY, if_match=etag),
+    "CopyObject": lambda store, etag: store.copy(KEY, KEY, if_match=etag),
+    "UploadPartCopy": lambda store, etag: store.copy_part(KEY, 0, 4, KEY, "id", 1, if_match=etag),
+}
+
+
+@pytest.mark.parametrize("operation", CONDITIONAL)
+@pytest.mark.parametrize(("etag", "matched"), [('"e"', True), ('W/"e"', False)])
+def test_weak_etags_are_not_matched(ask: Ask, operation: str, etag: str, matched: bool) -> None:
+    """RFC 9110: they never would."""
+    _, [request] = ask(
+        lambda _: error(403, "AccessDenied"),
+        lambda c: c._run(lambda channel: CONDITIONAL[operation](channel.store, etag)),
+        conditional_writes=True,
+    )
+    conditions = [value for name, value in request.headers.items() if name.endswith("if-match")]
+    assert conditions == ([etag] if matched else [])
+
+
 class TestAnswers:
     """What a store may and may not say."""
 
@@ -470,6 +498,12 @@ class TestAnswers:
         assert type(outcome) is S3ProtocolError
         assert "Asked for bytes [0, 4)" in str(outcome)
         assert len(requests) == 3
+
+    def test_the_whole_is_no_range_though_it_is_as_long(self, ask: Ask) -> None:
+        said = ranged(b"body", None, 200)
+        outcome, _ = ask(lambda _: said, lambda c: c.get_object("bucket", "key", 4, 8))
+        assert type(outcome) is S3ProtocolError
+        assert "Asked for bytes [4, 8)" in str(outcome)
 
     def test_another_object_in_between(self, ask: Ask) -> None:
         """A range of one object is never joined with a range of another."""
@@ -549,6 +583,19 @@ class TestAnswers:
         )
         assert outcome is None
         assert [request.body for request in requests] == [b"body"] * 2
+
+    def test_each_attempt_is_signed_anew(self, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A signature is good for 15 minutes, and a retry may come later."""
+        clock = iter(datetime.now(UTC) + n * timedelta(minutes=10) for n in itertools.count())
+        for signer in ("botocore.auth", "botocore.crt.auth"):
+            monkeypatch.setattr(f"{signer}.get_current_datetime", lambda **_: next(clock))
+        answers = [error(500, "InternalError"), error(503, "SlowDown"), answer(200, ETag='"e"')]
+        outcome, requests = ask(
+            lambda _: answers.pop(0), lambda c: c.put_object("bucket", "key", b"body")
+        )
+        assert outcome is None
+        for name in ("x-amz-date", "authorization", "amz-sdk-invocation-id"):
+            assert len({request.headers[name] for request in requests}) == 3
 
     def test_attempts_are_counted_once(self, ask: Ask) -> None:
         """Those of botocore are off: these are all the engine's."""

@@ -323,6 +323,29 @@ def test_a_body_is_not_resumed_from_another_object(fake: FakeS3, held: int) -> N
         load({"weights": DIRECT["weights"]}, "ck", CONFIG)
 
 
+@dataclass(frozen=True)
+class Weaken(Fault):
+    """Makes the ETag weak, as proxies do that may change how a body is encoded."""
+
+    async def play(self, exchange: Exchange) -> None:
+        await exchange.receive()
+        exchange.perform()
+        headers = exchange.response.headers
+        if etag := headers.get("ETag"):
+            headers["ETag"] = f"W/{etag}"
+        await super().play(exchange)
+
+
+def test_weak_etags(fake: FakeS3) -> None:
+    """`If-Match` never matches them; whether ranges are of one object, answers tell."""
+    save(LARGE, "ck", CONFIG)
+    fake.forget()
+    weak = fake.inject(Weaken(), operation="GetObject", key="*.distcp", times=None)
+    one_by_one = replace(CONFIG, max_connections=1, memory_budget_bytes=10 * MiB)
+    assert_same(load(LARGE, "ck", one_by_one), LARGE)
+    assert len(weak.struck) > 1
+
+
 @pytest.mark.parametrize("state", [SMALL, LARGE], ids=["small", "large"])
 def test_connections_that_are_refused(state: StateDict) -> None:
     """As many as there are tries, of one client's first request."""

@@ -33,7 +33,7 @@ from s3dcp import (
     _uploads,
 )
 from s3dcp._portal import portal
-from s3dcp.testing import FakeS3, internal_error
+from s3dcp.testing import FakeS3, Refuse, internal_error
 from tests._fakes import BUCKET
 from tests._forked import Zygote
 from tests._scripted import Request, Scripted, Serve, answer, error, forward, hang
@@ -429,19 +429,32 @@ def test_a_copy_in_parts_that_fails_leaves_nothing(
     assert uploads(boto, bucket) == []
 
 
+def test_a_copy_that_fails_after_200_is_made_again(fake: FakeS3) -> None:
+    """S3 answers a copy before it knows how it ends."""
+    fake.write(BUCKET, "old", b"body")
+    fake.inject(Refuse("InternalError", 200), operation="CopyObject")
+    S3FileSystem(None).rename(f"s3://{BUCKET}/old", f"s3://{BUCKET}/new")
+
+    assert fake.keys(BUCKET) == ["new"]
+    assert fake.read(BUCKET, "new") == b"body"
+    assert fake.stats()["CopyObject"] == 2
+
+
 def test_a_part_whose_copy_fails_is_copied_again(
     fake: FakeS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That one alone."""
+    """That one alone; it may fail after the store has begun to answer, too."""
     body = contents(15 * MiB)
     fake.write(BUCKET, "old", body)
     monkeypatch.setattr(_uploads, "MAX_PART_BYTES", 5 * MiB)
     monkeypatch.setattr(_uploads, "_COPY_PART_BYTES", 5 * MiB)
-    fake.inject(internal_error(), operation="UploadPartCopy", times=2)
+    fake.inject(internal_error(), operation="UploadPartCopy")
+    late = fake.inject(Refuse("InternalError", 200), operation="UploadPartCopy")
     S3FileSystem(None).rename(f"s3://{BUCKET}/old", f"s3://{BUCKET}/new")
 
     assert fake.keys(BUCKET) == ["new"]
     assert fake.read(BUCKET, "new") == body
+    assert [(record.status, record.code) for record in late.struck] == [(200, "InternalError")]
     stats = fake.stats()
     assert (stats["HeadObject"], stats["CreateMultipartUpload"]) == (1, 1)
     assert stats["UploadPartCopy"] == 3 + 2

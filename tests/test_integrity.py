@@ -277,6 +277,15 @@ class TestOnTheWayDown:
             with pytest.raises(CorruptMetadataError, match=r"s3://bkt/run/\.metadata "):
                 S3StorageReader(None, f"s3://{BUCKET}/run").read_metadata()
 
+    def test_in_what_is_read_again(self, fake: FakeS3) -> None:
+        """A tensor whose layout, with two rows, is not told by its checksums."""
+        turned = {"turned": fill((100_000, 2), seed=5).t()}
+        save(turned)
+        rule = fake.inject(FlipByte(MiB // 2), operation="GetObject", key="*.distcp", skip=1)
+        error = integrity_error(lambda: load(blank(turned)))
+        assert str(error).startswith("turned: bytes [0, ")
+        assert len(rule.struck) == 1
+
     def test_in_a_part(self, fake: FakeS3) -> None:
         save({"blocks": STATE["blocks"]})
         fake.inject(FlipByte(MiB // 2), operation="GetObject", key="*.distcp")

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 import s3dcp._landing
 import s3dcp._saving
 from s3dcp import IntegrityError, S3ClientConfig
+from s3dcp._budget import Share, budget
 from s3dcp._errors import CorruptMetadataError
 from s3dcp._framing import frame_for, memory_of
 from s3dcp._keys import S3Uri
@@ -436,6 +437,28 @@ def test_items_of_several_spans_stay_within_the_budget() -> None:
     loading.read(requests, metadata, BASE)
     assert all(bool((t == n).all()) for n, t in enumerate(planner._tensors))
     assert most <= 30 * MiB
+
+
+@pytest.mark.parametrize("rows", [100, 700], ids=["small items", "copies of large ones"])
+def test_a_save_of_many_copies_stays_within_the_budget(
+    monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    """What was sent is given back while there is more. What makes one part may come on top."""
+    most = 0
+    change = Share._change
+
+    def watch(share: Share, size_bytes: int) -> None:
+        nonlocal most
+        change(share, size_bytes)
+        most = max(most, budget().held_bytes)
+
+    monkeypatch.setattr(Share, "_change", watch)
+    config = S3ClientConfig(part_size=5 * MiB, memory_budget_bytes=20 * MiB)
+    gapped = torch.zeros(rows, 1000)[:, ::2]
+    count = 60 * MiB // gapped.nbytes
+    save(MemoryStore(), {f"w{n}": gapped for n in range(count)}, config=config)
+    assert 10 * MiB < most <= 30 * MiB
+    assert budget().held_bytes == 0
 
 
 def test_a_submission_that_is_interrupted_is_cancelled_with_the_others(

@@ -261,8 +261,8 @@ def entry(**changes: Any) -> dict[str, Any]:
 CHUNK = bare(ChunkStorageMetadata, offsets=(0,), sizes=SHAPE)
 
 
-def chunk(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> dict[str, Any]:
-    return entry(chunks=[ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))])
+def chunk(offsets: tuple[int, ...], sizes: tuple[int, ...], times: int = 1) -> dict[str, Any]:
+    return entry(chunks=[ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))] * times)
 
 
 @pytest.mark.parametrize(
@@ -286,6 +286,9 @@ def chunk(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> dict[str, Any]:
                 *(((0, 0), (2**62, 2)), ((4, 0), (-4, 2)), ((0,), (4,)), ((), ()), ((0, 0), (4,))),
             )
         ),
+        (forged(state_dict_metadata=entry(chunks=[])), "describes the tensor 't0'"),
+        (forged(state_dict_metadata=chunk((0, 0), (4, 2), times=2)), "describes the tensor 't0'"),
+        (forged(state_dict_metadata=chunk((3, 1), (1, 1), times=9)), "describes the tensor 't0'"),
         (forged(state_dict_metadata=entry(size=(4, 2))), "describes the tensor 't0'"),
         (forged(state_dict_metadata=entry(properties=torch.float32)), "describes the tensor 't0'"),
         (forged(state_dict_metadata={"t": bare(TensorStorageMetadata)}), "is incomplete"),
@@ -300,12 +303,32 @@ def chunk(offsets: tuple[int, ...], sizes: tuple[int, ...]) -> dict[str, Any]:
         (forged(storage_data=place(transform_descriptors="x")), "does not say where 't0'"),
         (forged(storage_data={MetadataIndex("t0"): bare(_StorageInfo)}), "is incomplete"),
         (forged(storage_meta="x"), "has a str for its storage"),
+        (forged(storage_meta=StorageMeta(save_id=[1])), "has a list for its save_id"),  # type: ignore[arg-type]
     ],
 )
 def test_other_contents(thing: object, problem: str) -> None:
     with pytest.raises(CorruptMetadataError, match=problem) as caught:
         load(pickle.dumps(thing))
     assert "s3://b/.metadata" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "honest",
+    [
+        chunk((1, 0), (2, 2)),  # of a rank that saves by itself
+        chunk((4, 2), (0, 0)),  # ... and has nothing of it
+        {"t0": TensorStorageMetadata(TensorProperties(), torch.Size((0, 3)), [])},
+        entry(
+            chunks=[
+                ChunkStorageMetadata(torch.Size((row, 0)), torch.Size((1, 2))) for row in range(4)
+            ]
+        ),
+    ],
+    ids=["a part", "no part", "no elements", "rows"],
+)
+def test_what_chunks_may_be(honest: dict[str, Any]) -> None:
+    metadata = forged(state_dict_metadata=honest)
+    assert load(pickle.dumps(metadata)) == metadata
 
 
 class Call:

@@ -29,6 +29,7 @@ import trustme
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata
 
+import s3dcp
 from s3dcp import (
     CorruptMetadataError,
     InvalidS3UriError,
@@ -40,6 +41,7 @@ from s3dcp import (
     S3FileSystem,
     S3StorageReader,
     S3StorageWriter,
+    UnsafeItemError,
 )
 from s3dcp import _metadata as metadata_module
 from s3dcp._metadata import dump_metadata, load_metadata
@@ -517,6 +519,17 @@ class TestItems:
         assert found.kind not in {"died", "memory"}, found
         if found.kind == "value":
             assert found == outcomes["item honest"]
+
+    def test_pickles_are_not_executed(
+        self, fake: FakeS3, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        """Those of items that are no tensors."""
+        writer = S3StorageWriter(None, f"s3://{BUCKET}/run")
+        hook = Call(os.system, "echo executed")
+        dcp.save({"hook": hook}, storage_writer=writer, no_dist=True)
+        with pytest.raises(UnsafeItemError, match="hook is a pickle that"):
+            s3dcp.load({"hook": None}, f"s3://{BUCKET}/run")
+        assert capfd.readouterr().out == ""
 
     def test_an_honest_one(self, outcomes: dict[str, Outcome]) -> None:
         assert outcomes["item honest"].text.startswith("(torch.float32, (6,), [0.0, 1.0, ")

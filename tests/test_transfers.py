@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from s3dcp._errors import (
     AccessDeniedError,
     CheckpointChangedError,
     IncompleteSaveError,
+    ObjectNotFoundError,
     S3ConnectionError,
     S3ProtocolError,
     ServerError,
@@ -145,6 +147,21 @@ def test_a_lost_response_to_the_completion_is_settled() -> None:
     store.after = lose
     run(Upload(channel_of(store), URI).send_all(views(10, 10)))
     assert store.objects[URI][0] == DATA[:20]
+
+
+def test_a_lost_completion_is_not_taken_for_another_object() -> None:
+    """Of what is there instead, the size tells that it is not what was sent."""
+    store = MemoryStore()
+
+    def lose(name: str, uri: S3Uri) -> None:
+        if name == "complete_upload":
+            store.write(uri, DATA[:19])
+            raise S3ConnectionError("reset")
+
+    store.after = lose
+    with pytest.raises(ObjectNotFoundError):
+        run(Upload(channel_of(store), URI).send_all(views(10, 10)))
+    assert store.requests[-2][0] == "head"
 
 
 def test_abort_cancels_what_is_being_sent() -> None:
@@ -290,6 +307,25 @@ def test_an_object_that_changes_is_not_mixed() -> None:
             await downloads.fetch(URI, 5, [memoryview(bytearray(5))])
 
     run(fetch())
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "same"),
+    [
+        ('"a"', '"a"', True),
+        ('"a"', 'W/"a"', True),
+        ('W/"a"', '"a"', True),
+        ('W/"a"', 'W/"b"', False),
+        ('W/"a"', '"b"', False),
+        ('"a"', '"b"', False),
+        ('"a"', None, True),
+    ],
+)
+def test_which_answers_are_of_one_object(first: str, then: str | None, same: bool) -> None:
+    downloads = Downloads(channel_of(MemoryStore()))
+    downloads.pin(URI, first)
+    with nullcontext() if same else pytest.raises(CheckpointChangedError):
+        downloads.pin(URI, then)
 
 
 def test_a_store_that_ignores_if_match_is_found_out() -> None:

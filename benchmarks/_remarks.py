@@ -7,6 +7,11 @@ from __future__ import annotations
 
 #: By row and metric, as in `_targets.TARGETS`.
 REMARKS: dict[tuple[str, str], str] = {
+    ("bulk", "save: GiB/s, times the reference's"): (
+        "Something else ran during the first rows of the run of df66f61. By themselves, of "
+        "487f8a8: 2.23 times the reference's GiB/s, 0.38 of its CPU time, 1.61 times the RAM "
+        "disk's; small tensors 0.29 s to save and 0.27 s to load beyond DCP's planning."
+    ),
     ("tls", "save: GiB/s, times the reference's"): (
         "Both ends share the two cores. Beside `s3null` with TLS, which costs less than this "
         "server, a GiB takes 0.83 s of CPU here and 0.56 s there: 1.4 GiB/s would be all there "

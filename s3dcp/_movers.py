@@ -278,14 +278,15 @@ async def same_files(
             sums[number].append((start, crc, view.nbytes))
 
     async def pieces() -> AsyncGenerator[tuple[int, int, int]]:
-        for number, (place, info) in enumerate(files):
-            known = await place.crc(info)
-            if known is not None:
-                sums[number].append((0, known, info.size_bytes))
-                continue
-            for start, end in cut(0, info.size_bytes, READ_BYTES):
-                yield number, start, end
+        for number, (_, info) in enumerate(files):
+            if not sums[number]:
+                for start, end in cut(0, info.size_bytes, READ_BYTES):
+                    yield number, start, end
 
+    known = await wait_all([partial(place.crc, info) for place, info in files])
+    for (_, info), crc, found in zip(files, known, sums, strict=True):
+        if crc is not None:
+            found.append((0, crc, info.size_bytes))
     if files:
         async with aclosing(pieces()) as generator:
             queue = Queue(generator)

@@ -318,8 +318,10 @@ async def _ours(channel: Channel, bucket: str, data: Sequence[ObjectInfo]) -> li
         try:
             header = await read_header(downloads, uri, info.size_bytes)
         except (
-            *(AccessDeniedError, CheckpointChangedError),
-            *(CorruptMetadataError, ObjectNotFoundError),
+            AccessDeniedError,
+            CheckpointChangedError,
+            CorruptMetadataError,
+            ObjectNotFoundError,
         ) as exc:
             _log.info("%s is left alone: %s", uri, exc)
             return False

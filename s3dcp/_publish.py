@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -214,7 +214,7 @@ async def delete_quietly(channel: Channel, uris: Sequence[S3Uri]) -> None:
     await wait_all([partial(delete, uri) for uri in uris])
 
 
-async def delete_replaced(channel: Channel, base: S3Uri, names: Sequence[str]) -> None:
+async def delete_replaced(channel: Channel, base: S3Uri, objects: Mapping[str, S3Uri]) -> None:
     """Delete what only a replaced checkpoint named, as `delete_quietly` does.
 
     But not what lies below a folder with a commit of its own, which may name it too: metadata that
@@ -223,9 +223,9 @@ async def delete_replaced(channel: Channel, base: S3Uri, names: Sequence[str]) -
     Args:
         channel: The client's.
         base: The checkpoint's place.
-        names: What may be deleted, below it.
+        objects: What may be deleted, by its name below that.
     """
-    folders = folders_of(names)
+    folders = folders_of(objects)
     commits = [S3Uri(base.bucket, join(base.key, f"{each}/{METADATA_NAME}")) for each in folders]
     try:
         there = await wait_all([partial(exists, channel, commit) for commit in commits])
@@ -233,8 +233,7 @@ async def delete_replaced(channel: Channel, base: S3Uri, names: Sequence[str]) -
         _log.warning("objects of the checkpoint that was replaced are left in place: %s", exc)
         return
     nested = [folder for folder, found in zip(folders, there, strict=True) if found]
-    uris = [S3Uri(base.bucket, join(base.key, name)) for name in outside(names, nested)]
-    await delete_quietly(channel, uris)
+    await delete_quietly(channel, [objects[name] for name in outside(objects, nested)])
 
 
 def already_exists(uri: S3Uri) -> CheckpointExistsError:

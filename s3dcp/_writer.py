@@ -295,13 +295,13 @@ class S3StorageWriter(FileSystemWriter):
                 (info.relative_path for info in old.storage_data.values()),
                 (info.relative_path for info in metadata.storage_data.values()),
             )
-            self._uris(names)  # or some lead elsewhere
+            objects = dict(zip(names, self._uris(names), strict=True))
             dismantle(old.storage_data, old.state_dict_metadata)
         except (CorruptMetadataError, InvalidS3UriError) as exc:
             _log.warning("objects of the checkpoint that was replaced are left in place: %s", exc)
             return
         base = parse_s3_uri(self.path)
-        self.fs.client.call_counted(self.recording.tally, delete_replaced, base, names)
+        self.fs.client.call_counted(self.recording.tally, delete_replaced, base, objects)
 
     def _uris(self, names: Iterable[str]) -> list[S3Uri]:
         base = parse_s3_uri(self.path)

@@ -172,7 +172,8 @@ def gc(
         S3ConfigError: `keep` is less than 1, or `grace_s` no such time.
         S3Exception: as the store; some of it may have been removed.
     """
-    if keep is not None and keep < 1:
+    # True counts as 1, and would remove all checkpoints but one.
+    if keep is not None and (type(keep) is not int or keep < 1):
         raise S3ConfigError(f"keep must be at least 1, or None for all checkpoints, got {keep!r}")
     client = S3Client(region, s3client_config)
     return client.call(_gc, _folder(uri), keep=keep, grace_s=grace_s, dry_run=dry_run)
@@ -207,8 +208,8 @@ def _folder(uri: str | os.PathLike[str]) -> S3Uri:
 
 
 def _ago(seconds: float) -> datetime:
-    if seconds >= 0:
-        with suppress(OverflowError):  # before the first year
+    with suppress(TypeError, OverflowError):  # no number, or before the first year
+        if seconds >= 0:
             return datetime.now(UTC) - timedelta(seconds=seconds)
     raise S3ConfigError(f"grace_s must be a time in seconds, got {seconds!r}")
 

@@ -423,7 +423,10 @@ class TestGc:
 
     @pytest.mark.parametrize(
         "wrong",
-        [{"keep": 0}, {"keep": -1}, {"grace_s": -1}, {"grace_s": 1e15}, {"grace_s": float("nan")}],
+        [
+            *({"keep": keep} for keep in (0, -1, True, 1.5, "3")),
+            *({"grace_s": grace_s} for grace_s in (-1, 1e15, float("nan"), "24h")),
+        ],
     )
     def test_arguments_that_cannot_be_meant(self, fake: FakeS3, wrong: dict[str, Any]) -> None:
         put_checkpoint(fake, "run/", "__0_0.distcp")

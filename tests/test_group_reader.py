@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -72,11 +73,15 @@ def save_without_collectives(uri: str) -> None:
     save(uri, use_collectives=False, planner=planner)
 
 
-def load_in_halves(uri: str) -> tuple[str, str]:
-    """Each half of the ranks is a group, whose coordinator is not the first rank of all."""
+def load_in_halves(uris: Sequence[str]) -> tuple[str, str]:
+    """Each half of the ranks is a group with a checkpoint of its own.
+
+    The coordinator of the second one is not the first rank of all.
+    """
     size = dist.get_world_size()
     halves = [dist.new_group(list(range(start, start + size // 2))) for start in (0, size // 2)]
-    return load(uri, process_group=halves[dist.get_rank() // (size // 2)])
+    half = dist.get_rank() // (size // 2)
+    return load(uris[half], process_group=halves[half])
 
 
 class FailsIn(WeightsOnlyLoadPlanner):
@@ -106,9 +111,11 @@ def test_it_is_read_once(pool: RankPool, fake: FakeS3) -> None:
 
 
 def test_each_group_has_a_coordinator(ranks4: RankPool, fake: FakeS3) -> None:
-    ranks4.run(save, URI)
+    uris = URI, f"{URI}0"
+    for uri in uris:
+        ranks4.run(save, uri)
     before = len(reads(fake))
-    assert ranks4.run(load_in_halves, URI) == [("", "")] * 4
+    assert ranks4.run(load_in_halves, uris) == [("", "")] * 4
     assert reads(fake)[before:] == [".metadata"] * 2
 
 

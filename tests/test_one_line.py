@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import gc
+import inspect
 import logging
 import pickle
 import threading
@@ -17,12 +18,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException, DefaultSavePlanner
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncSaveResponse
 
 import s3dcp
+import s3dcp._checkpoint
 from s3dcp import (
     CheckpointExistsError,
     CheckpointNotFoundError,
@@ -81,6 +84,12 @@ def empty() -> dict[str, Any]:
     }
 
 
+def some_arguments(name: str) -> dict[str, object]:
+    """Return something for each keyword of one of our functions."""
+    parameters = inspect.signature(getattr(s3dcp, name)).parameters.values()
+    return {each.name: object() for each in parameters if each.kind is each.KEYWORD_ONLY}
+
+
 class TestSaveAndLoad:
     def test_what_was_saved_comes_back_without_a_warning(self, server: FakeS3) -> None:
         metadata = s3dcp.save(state(), URI)
@@ -129,6 +138,37 @@ class TestSaveAndLoad:
         assert Planner.used
         assert len(data_keys(server, "run/step-1/left")) == 2
         assert_same(target, state())
+
+    @pytest.mark.parametrize("name", ["save", "load", "async_save"])
+    def test_every_argument_goes_to_dcp_or_the_storage(
+        self, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        storage = "GroupReader" if name == "load" else "S3StorageWriter"
+        handed: list[object] = []
+
+        def take(*args: Any, **kwargs: Any) -> Any:
+            handed.extend([*args, *kwargs.values()])
+            return Future()
+
+        monkeypatch.setattr(s3dcp._checkpoint, storage, take)
+        monkeypatch.setattr(dcp, name, take)
+        given = some_arguments(name)
+        getattr(s3dcp, name)({}, URI, **given)
+
+        lost = {key for key, value in given.items() if value not in handed}
+        assert lost == ({"weights_only"} if name == "load" else set())  # the planner decides
+
+    @pytest.mark.parametrize("name", ["save", "load"])
+    def test_every_argument_goes_from_the_awaited(
+        self, monkeypatch: pytest.MonkeyPatch, name: str
+    ) -> None:
+        given, taken = some_arguments(name), {}
+        monkeypatch.setattr(
+            s3dcp._checkpoint, name, lambda _state, _uri, **kwargs: taken.update(kwargs)
+        )
+        asyncio.run(getattr(s3dcp, f"a{name}")({}, URI, **given))
+
+        assert taken == given
 
     def test_a_path_that_is_no_uri_is_refused(self) -> None:
         with pytest.raises(s3dcp.InvalidS3UriError):

@@ -117,6 +117,14 @@ class TestValue:
         loaded = dataclasses.replace(self.report, operation="load", phases={"read": 1.0})
         assert loaded.gib_per_s == 3
 
+    def test_half_of_the_requests_and_99_of_100(self) -> None:
+        tally = Tally()
+        for seconds in [0.01] * 60 + [0.1] * 38 + [1.0] * 2:
+            tally.add("PutObject", seconds)
+        report = dataclasses.replace(self.report, totals=tally.totals())
+        assert report.p50_s == pytest.approx(0.01, rel=0.3)
+        assert report.p99_s == pytest.approx(1.0, rel=0.3)
+
     def test_it_is_a_value(self) -> None:
         assert pickle.loads(pickle.dumps(self.report)) == self.report
         with pytest.raises(dataclasses.FrozenInstanceError):

@@ -290,7 +290,8 @@ class S3StorageReader(FileSystemReader):
         if found is None:
             raise CheckpointNotFoundError(
                 f"No checkpoint at {self.path}: there is no {uri}. A save that did not finish "
-                "leaves none; load another one",
+                "leaves none; load another one, of those that s3dcp.list_checkpoints finds, or "
+                "safetensors with S3HuggingFaceStorageReader",
                 bucket=uri.bucket,
                 key=uri.key,
             )

@@ -10,14 +10,15 @@ import select
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
 import s3dcp
-from s3dcp import S3StorageWriter
+from s3dcp import S3ClientConfig, S3StorageWriter
+from s3dcp import _catalog as catalog
 from s3dcp.__main__ import main
 from s3dcp._cli import cli
 from s3dcp._terminal import Bar
@@ -367,6 +368,40 @@ class TestOptions:
         result = run("ls", RUN, *store, "--profile", "me", "--path-style", "--json")
 
         assert [row["uri"] for row in json.loads(result.stdout)] == [RUN]
+
+    @pytest.mark.parametrize(
+        ("said", "region", "config"),
+        [
+            ([], None, {}),
+            (["--region", "eu-west-1"], "eu-west-1", {}),
+            (["--endpoint-url", "http://host"], None, {"endpoint_url": "http://host"}),
+            (["--profile", "me"], None, {"profile": "me"}),
+            (["--path-style"], None, {"force_path_style": True}),
+            (["--unsigned"], None, {"unsigned": True}),
+            (["--requester-pays"], None, {"requester_pays": True}),
+        ],
+    )
+    def test_what_is_said_of_the_store_arrives(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        said: list[str],
+        region: str | None,
+        config: dict[str, Any],
+    ) -> None:
+        asked: list[dict[str, Any]] = []
+        monkeypatch.setattr(
+            catalog, "list_checkpoints", lambda _, **store: asked.append(store) or []
+        )
+
+        assert run("ls", RUN, *said).exit_code == 0
+        assert asked == [{"region": region, "s3client_config": S3ClientConfig(**config)}]
+
+    @pytest.mark.parametrize(("command", "verb"), [("gc", "delete"), ("abort-uploads", "abort")])
+    def test_nothing_to_do_is_said(self, fake: FakeS3, command: str, verb: str) -> None:
+        result = run(command, RUN, "--delete")
+
+        assert (result.exit_code, result.stdout) == (0, "")
+        assert result.stderr == f"There is nothing to {verb} below {RUN}.\n"
 
     def test_help_names_every_command(self) -> None:
         text = run("--help").stdout

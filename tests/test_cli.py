@@ -489,6 +489,19 @@ class TestProcesses:
             assert process.wait(LIMIT_S) == 0
 
 
+def test_serve_listens_where_it_is_told_to(fake: FakeS3) -> None:
+    """Here, where another one does."""
+    port = fake.endpoint_url.rpartition(":")[2]
+    process = program("serve", "--port", port, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        printed, error = process.communicate(timeout=LIMIT_S)
+    finally:
+        process.kill()
+
+    assert (process.returncode, printed) == (2, "")
+    assert "cannot listen" in error
+
+
 def test_what_is_logged_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal() as (ours, theirs), open(theirs, "w", closefd=False) as err:
         monkeypatch.setattr(sys, "stderr", err)

@@ -29,8 +29,11 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 import s3dcp
 from s3dcp import (
+    Report,
     S3ClientConfig,
     S3ConfigError,
+    S3HuggingFaceStorageReader,
+    S3HuggingFaceStorageWriter,
     S3ReaderConstructor,
     S3StorageReader,
     S3StorageWriter,
@@ -239,6 +242,27 @@ class TestCallback:
 
         told.check(stored_bytes(fake))
         assert {total for _, total in told} == {stored_bytes(fake)}
+
+    def test_of_safetensors(self, fake: FakeS3) -> None:
+        tensors, saved, loaded = {"w": fill((3 * MiB,), seed=1)}, Told(), Told()
+        reports: list[Report] = []
+        writer = S3HuggingFaceStorageWriter(
+            None, URI, CONFIG, progress=saved, on_report=reports.append
+        )
+        reader = S3HuggingFaceStorageReader(
+            None, URI, CONFIG, progress=loaded, on_report=reports.append
+        )
+        dcp.save(tensors, storage_writer=writer, no_dist=True)
+        dcp.load(blank(tensors), storage_reader=reader, no_dist=True)
+
+        [key] = [key for key in fake.keys(BUCKET) if key.endswith(".safetensors")]
+        with_header = len(fake.read(BUCKET, key))
+        saved.check(with_header)
+        loaded.check(12 * MiB)
+        assert [(each.operation, each.item_bytes) for each in reports] == [
+            ("save", with_header),
+            ("load", 12 * MiB),
+        ]
 
     def test_it_moves_while_a_request_is_under_way(self, fake: FakeS3) -> None:
         """Of an object in one request: no answer comes, or half of one, before that was shown."""

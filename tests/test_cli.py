@@ -389,9 +389,12 @@ class TestOptions:
         config: dict[str, Any],
     ) -> None:
         asked: list[dict[str, Any]] = []
-        monkeypatch.setattr(
-            catalog, "list_checkpoints", lambda _, **store: asked.append(store) or []
-        )
+
+        def list_checkpoints(_: str, **store: Any) -> list[s3dcp.CheckpointInfo]:
+            asked.append(store)
+            return []
+
+        monkeypatch.setattr(catalog, "list_checkpoints", list_checkpoints)
 
         assert run("ls", RUN, *said).exit_code == 0
         assert asked == [{"region": region, "s3client_config": S3ClientConfig(**config)}]

@@ -162,7 +162,8 @@ class TestSaveAndLoad:
     def test_every_argument_goes_from_the_awaited(
         self, monkeypatch: pytest.MonkeyPatch, name: str
     ) -> None:
-        given, taken = some_arguments(name), {}
+        given = some_arguments(name)
+        taken: dict[str, object] = {}
         monkeypatch.setattr(
             s3dcp._checkpoint, name, lambda _state, _uri, **kwargs: taken.update(kwargs)
         )

@@ -52,6 +52,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
     own threads, whose ends libuv waits for when the process ends: also in a fork, which does not
     have them, and crashes.
     """
+    _open_standard_files()
     try:
         import uvloop
     except ImportError:
@@ -65,6 +66,16 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
             return await _look_up(socket.getnameinfo, sockaddr, flags)
 
     return Loop()
+
+
+def _open_standard_files() -> None:
+    """Let the files 0 to 2 be nothing, where they are closed, as in a daemon.
+
+    A socket with such a number gets what libraries print; and when libuv closes one, it aborts.
+    """
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
 
 
 class _AsyncioLoop(EventLoop):

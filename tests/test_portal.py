@@ -94,6 +94,28 @@ def run(program: str) -> str:
     return done.stdout
 
 
+def test_without_standard_files() -> None:
+    """As in a daemon. libuv aborts when it closes a socket that has the number of one of them."""
+    output = run("""
+import os, socket, sys
+from s3dcp._portal import Portal
+
+result = os.dup(1)
+for number in range(3):
+    os.close(number)
+sys.stdin = sys.stdout = sys.stderr = None  # as the interpreter has it, if it starts like this
+
+async def number():
+    with socket.socket() as made:
+        return made.fileno()
+
+portal = Portal()
+os.write(result, str(portal.call(number) > 2).encode())
+portal.close()
+""")
+    assert output == "True"
+
+
 class TestCalls:
     def test_they_return_and_raise(self, either: Portal) -> None:
         assert either.call(add, 1, b=2) == 3

@@ -158,6 +158,8 @@ def _kind_of(exc: Exception) -> tuple[type[S3Exception], str]:
     cause = getattr(exc, "kwargs", {}).get("error")
     if type(exc) is boto.HTTPClientError and isinstance(cause, _FILE_ERRORS):
         return errors.S3ConfigError, "check the file that ca_bundle or AWS_CA_BUNDLE names"
+    if type(exc) is boto.HTTPClientError and isinstance(cause, ValueError):
+        return errors.S3ConfigError, _UNSENDABLE
     for types, kind, hint in _LIBRARY_ERRORS:
         if isinstance(exc, types):
             return kind, hint
@@ -166,6 +168,9 @@ def _kind_of(exc: Exception) -> tuple[type[S3Exception], str]:
 
 # What loading certificates raises, before there is a connection.
 _FILE_ERRORS = (FileNotFoundError, IsADirectoryError, PermissionError, ssl.SSLError)
+
+# What aiohttp says of a request that it does not send.
+_UNSENDABLE = "look for line ends and blanks in the credentials, the region and the endpoint"
 
 _LIBRARY_ERRORS: tuple[tuple[tuple[type[Exception], ...], type[S3Exception], str], ...] = (
     (

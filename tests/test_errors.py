@@ -324,6 +324,11 @@ def _caused(
             "ca_bundle",
         ),
         (_caused(boto.HTTPClientError, ssl.SSLError("x")), s3dcp.S3ConfigError, "AWS_CA_BUNDLE"),
+        (
+            _caused(boto.HTTPClientError, ValueError("control character in headers")),
+            s3dcp.S3ConfigError,
+            "line ends and blanks in the credentials",
+        ),
         (ResponseParserError("no XML"), s3dcp.S3ProtocolError, "a proxy"),
         (boto.NoRegionError(), s3dcp.S3ConfigError, "correct S3ClientConfig"),
         (boto.ParamValidationError(report="bad"), s3dcp.S3ConfigError, "correct S3ClientConfig"),

@@ -74,9 +74,9 @@ def uri_text(path: str | os.PathLike[str]) -> str:
     try:
         text = os.fspath(path)
     except TypeError as exc:
-        raise InvalidS3UriError(f"Expected an s3:// URI, got {path!r}") from exc
+        raise InvalidS3UriError(f"Expected an s3:// URI, got {type(path).__name__}") from exc
     if not isinstance(text, str):
-        raise InvalidS3UriError(f"Expected an s3:// URI as text, got {text!r}")
+        raise InvalidS3UriError(f"Expected an s3:// URI as text, got {type(path).__name__}")
     if text.startswith("s3:/") and not text.startswith(_SCHEME):
         text = _SCHEME + text[len("s3:/") :]
     return text

@@ -142,7 +142,7 @@ def test_refused(path: str | PathLike[str], complaint: str) -> None:
 
 @pytest.mark.parametrize("path", [None, 3, b"s3://bucket/key", BytesPlace(), ["s3://bucket/key"]])
 def test_no_path_at_all(path: object) -> None:
-    with pytest.raises(InvalidS3UriError, match="Expected an s3:// URI"):
+    with pytest.raises(InvalidS3UriError, match=f"URI.*, got {type(path).__name__}$"):
         parse_s3_uri(path)  # type: ignore[arg-type]
 
 

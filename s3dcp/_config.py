@@ -148,7 +148,7 @@ class S3ClientConfig:
             )
         if self.sse_kms_key_id and self.server_side_encryption in (None, "AES256"):
             raise S3ConfigError("sse_kms_key_id needs server_side_encryption='aws:kms'")
-        if self.endpoint_url is not None and not self.endpoint_url.lower().startswith(
+        if self.endpoint_url is not None and not str(self.endpoint_url).lower().startswith(
             ("http://", "https://")
         ):
             raise S3ConfigError(

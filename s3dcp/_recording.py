@@ -22,6 +22,7 @@ from typing import Literal
 import torch.distributed as dist
 
 from s3dcp import _telemetry as telemetry
+from s3dcp._errors import S3ConfigError
 from s3dcp._progress import Bar, Meter, ProgressCallback, check_progress
 from s3dcp._report import Report
 from s3dcp._tally import Tally
@@ -42,7 +43,7 @@ class Audience:
         on_report: Is given the report.
 
     Raises:
-        S3ConfigError: `progress` is neither, or tqdm is missing.
+        S3ConfigError: `progress` is neither, or tqdm is missing; or `on_report` is no callback.
     """
 
     progress: bool | ProgressCallback = False
@@ -50,6 +51,10 @@ class Audience:
 
     def __post_init__(self) -> None:
         check_progress(self.progress)
+        if self.on_report is not None and not callable(self.on_report):
+            raise S3ConfigError(
+                f"on_report must be a callable that takes a Report, got {self.on_report!r}"
+            )
 
 
 class Recording:

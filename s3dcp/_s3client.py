@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 from s3dcp._collector import CollectorPause
 from s3dcp._config import S3ClientConfig
 from s3dcp._downloads import Downloads
-from s3dcp._errors import InvalidS3UriError, ObjectNotFoundError
+from s3dcp._errors import InvalidS3UriError, ObjectNotFoundError, S3ConfigError
 from s3dcp._flow import Channel, Pacer, RetryPolicy, Slots
 from s3dcp._keys import S3Uri, parse_s3_uri
 from s3dcp._portal import Portal, offload, portal
@@ -48,11 +48,19 @@ class S3Client:
         region: The bucket's region, which is kept to. None: `AWS_REGION`, `AWS_DEFAULT_REGION` or
             the profile's; and where there is none, or the bucket is elsewhere, the bucket's own.
         s3client_config: Settings; the defaults otherwise.
+
+    Raises:
+        S3ConfigError: the settings are something else.
     """
 
     def __init__(
         self, region: str | None = None, s3client_config: S3ClientConfig | None = None
     ) -> None:
+        if not isinstance(s3client_config, S3ClientConfig | None):
+            raise S3ConfigError(
+                "s3client_config must be an S3ClientConfig of s3dcp, got one of "
+                f"{type(s3client_config).__module__}: {type(s3client_config).__name__}"
+            )
         self._region = region or None
         self._config = s3client_config or S3ClientConfig()
         self._open: tuple[Portal, Hashable, Channel] | None = None

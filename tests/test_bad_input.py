@@ -290,6 +290,11 @@ class TestArguments:
                 call()
         assert len(stored.objects()) == 3  # the new checkpoint, and the object
 
+    def test_settings_of_another_library(self) -> None:
+        """As of half a move from the reference library, whose settings have the same name."""
+        found = met_by(lambda: save(Place("s3://bucket/run", config={"part_size": 1})))  # type: ignore[arg-type]
+        check(found, S3ConfigError, "S3ClientConfig of s3dcp", "builtins: dict")
+
 
 class TestBuckets:
     def test_one_that_does_not_exist(

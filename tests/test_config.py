@@ -91,6 +91,7 @@ class TestTheReferencesFields:
         ({"sse_kms_key_id": "key", "server_side_encryption": "AES256"}, "'aws:kms'"),
         ({"endpoint_url": "localhost:9000"}, "must start with http:// or https://"),
         ({"endpoint_url": "ftp://localhost"}, "must start with http:// or https://"),
+        ({"endpoint_url": 9000}, "must start with http:// or https://, got 9000"),
         ({"endpoint_url": ""}, "must start with http:// or https://"),
     ],
 )

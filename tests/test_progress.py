@@ -391,6 +391,8 @@ class TestCallback:
 def test_anything_else_is_refused(cls: Callable[..., object], progress: object) -> None:
     with pytest.raises(S3ConfigError, match="progress must be True"):
         cls(None, URI, progress=progress)
+    with pytest.raises(S3ConfigError, match="on_report must be a callable"):
+        cls(None, URI, on_report=progress or "yes")
 
 
 def test_a_bar_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

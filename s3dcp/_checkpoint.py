@@ -11,7 +11,7 @@ import os
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar, overload
@@ -29,6 +29,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 from s3dcp._cancellation import in_thread
 from s3dcp._config import S3ClientConfig
 from s3dcp._constructors import DCPS3ReaderConstructorProtocol, S3ReaderConstructorProtocol
+from s3dcp._errors import S3ConfigError
 from s3dcp._group_reader import GroupReader, MetadataError
 from s3dcp._planner import WeightsOnlyLoadPlanner
 from s3dcp._prefixes import S3PrefixStrategyBase
@@ -87,6 +88,7 @@ def save(
         KeyboardInterrupt: on this rank or another.
         CheckpointException: ranks failed with different errors.
     """
+    _check_state_dict(state_dict)
     writer = S3StorageWriter(
         region,
         uri,
@@ -150,6 +152,7 @@ def load(
         KeyboardInterrupt: on this rank or another.
         CheckpointException: ranks failed with different errors.
     """
+    _check_state_dict(state_dict)
     reader = GroupReader(
         region,
         uri,
@@ -263,6 +266,7 @@ def async_save(
     Raises:
         S3Exception: an argument that cannot work.
     """
+    _check_state_dict(state_dict)
     writer = S3StorageWriter(
         region,
         uri,
@@ -318,6 +322,7 @@ async def asave(
 
     Its arguments, and what it returns and raises, are those of `save`.
     """
+    _check_state_dict(state_dict)
     return await in_thread(
         _on(_device(), save),
         _Unhurried(state_dict.items()),
@@ -374,6 +379,14 @@ async def aload(
         progress=progress,
         on_report=on_report,
     )
+
+
+def _check_state_dict(state_dict: object) -> None:
+    if not isinstance(state_dict, Mapping):
+        raise S3ConfigError(
+            f"state_dict must be a dict, got {type(state_dict).__name__}: pass {{'model': "
+            "model.state_dict()}, and the URI behind it"
+        )
 
 
 @contextmanager

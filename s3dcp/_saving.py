@@ -24,7 +24,7 @@ from s3dcp._calls import Call, ended
 from s3dcp._checksums import combine, crc_of
 from s3dcp._collector import CollectorPause
 from s3dcp._config import MiB, S3ClientConfig
-from s3dcp._errors import IncompleteSaveError
+from s3dcp._errors import IncompleteSaveError, S3ConfigError
 from s3dcp._flow import Channel, wait_all
 from s3dcp._framing import Frame, encode, frame_for, frame_of, memory_of, storage_alignment
 from s3dcp._keys import S3Uri
@@ -245,7 +245,11 @@ class SavedItems:
         self._files.append(_File(name, upload, cutter, expected, is_multipart=estimate > size))
 
     def _add(self, file: _File, write_item: WriteItem) -> None:
-        data = self._planner.resolve_data(write_item)
+        try:
+            data = self._planner.resolve_data(write_item)
+        except Exception as exc:
+            exc.add_note(f"s3dcp was about to save {write_item.index.fqn}")
+            raise
         if write_item.type == WriteItemType.BYTE_IO:
             if not isinstance(data, io.BytesIO):
                 raise TypeError(f"{write_item.index.fqn}: expected BytesIO, got {type(data)}")
@@ -255,6 +259,11 @@ class SavedItems:
             raise TypeError(f"{write_item.index.fqn}: expected a tensor, got {type(data)}")
         if type(data) is not torch.Tensor or data.requires_grad:
             data = data.detach()
+        if data.is_meta:
+            raise S3ConfigError(
+                f"{write_item.index.fqn} is on the meta device, and has no data to save: move the "
+                "model with to_empty(), and initialize it, first"
+            )
         self._add_tensor(file, write_item, data)
 
     def _add_tensor(self, file: _File, write_item: WriteItem, tensor: torch.Tensor) -> None:

@@ -181,6 +181,28 @@ class TestSaveAndLoad:
 
 
 class TestErrors:
+    @pytest.mark.parametrize("wrong", [None, [], "s3://bucket/run", torch.nn.Linear(1, 1)])
+    def test_no_state_dict(self, wrong: Any) -> None:
+        """Refused before there is a request: this test has no server."""
+        calls: list[Callable[[], object]] = [
+            lambda: s3dcp.save(wrong, URI),
+            lambda: s3dcp.load(wrong, URI),
+            lambda: s3dcp.async_save(wrong, URI),
+            lambda: asyncio.run(s3dcp.asave(wrong, URI)),
+            lambda: asyncio.run(s3dcp.aload(wrong, URI)),
+        ]
+        for call in calls:
+            with pytest.raises(S3ConfigError, match=f"a dict, got {type(wrong).__name__}: pass"):
+                call()
+
+    def test_an_item_that_cannot_be_saved_is_named(self, server: FakeS3) -> None:
+        with pytest.raises(TypeError, match="cannot pickle") as caught:
+            s3dcp.save({"data": {"batches": (n for n in [1])}}, URI)
+        assert "save data.batches" in "".join(traceback.format_exception(caught.value))
+        with pytest.raises(S3ConfigError, match=r"model\.weight is on the meta device.*to_empty"):
+            s3dcp.save({"model": torch.nn.Linear(2, 2, device="meta").state_dict()}, URI)
+        assert server.keys(BUCKET) == []
+
     def test_a_checkpoint_that_is_there(self, server: FakeS3) -> None:
         s3dcp.save(state(), URI)
         with pytest.raises(CheckpointExistsError) as caught:

@@ -207,8 +207,14 @@ sys.stdin.read()
         assert repr(server) == "<LocalS3 stopped>"
 
     def test_a_server_that_never_listens_is_ended(self) -> None:
+        class Writes(ServerProcess):
+            def _await_port(self, timeout_s: float) -> int:
+                while not self.log_tail():
+                    os.sched_yield()
+                return super()._await_port(timeout_s)
+
         with pytest.raises(LocalServerError, match=r"(?s)sleeper did not listen.*here I am"):
-            ServerProcess(
+            Writes(
                 "sleeper",
                 ["/bin/sh", "-c", "echo here I am; exec sleep 1000"],
                 listening=re.compile("never"),

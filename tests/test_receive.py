@@ -344,13 +344,20 @@ class TestWhole:
                 writer.write(BODY[1000:])
                 await writer.drain()
 
-            await receive(await peer.get(script), into, _IDLE_S)
+            response = await peer.get(script)
+            assert response.connection is not None
+            aiohttps = response.connection.protocol
+            assert aiohttps is not None
+            # Not before: until the head has come, it would be for the peer to be quick.
+            aiohttps.read_timeout = 0.1
+            aiohttps.start_timeout()
+            await receive(response, into, _IDLE_S)
             assert same(memory, BODY)
             # Nor does it go off while the connection is idle in the pool.
             await asyncio.sleep(0.2)
             await peer.serves_again(connection=0)
 
-        run(scenario, sock_read=0.1)
+        run(scenario)
 
 
 class TestCopied:

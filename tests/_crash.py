@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 #: When a request is struck. The middle is that of its body.
 Moment = Literal["before", "middle", "after"]
 
-_TIMEOUT_S = 30.0
+_TIMEOUT_S = 60.0
 _PART_BYTES = 5 * MiB
 _LARGE_WORDS = (8 * MiB + 64 * KiB) // 8  # of 64 bits: two parts; 8 MiB would be a single PUT
 _numbers = count()

@@ -490,7 +490,7 @@ class TestProcess:
             assert re.fullmatch(r"http://127\.0\.0\.1:\d+", said["endpoint_url"])
             assert said["pid"] == process.pid
             process.stdin.close()
-            assert process.wait(10) == 0
+            assert process.wait(60) == 0
 
     def test_it_ends_with_its_parent(self) -> None:
         """Although a child of the parent's holds the server's input open."""
@@ -513,8 +513,8 @@ class TestProcess:
             with parent:
                 assert parent.stdout is not None
                 pid = int(parent.stdout.readline())
-                assert parent.wait(10) == -signal.SIGKILL
-                assert gone(pid, timeout_s=5)
+                assert parent.wait(60) == -signal.SIGKILL
+                assert gone(pid, timeout_s=60)
         finally:
             os.killpg(parent.pid, signal.SIGKILL)
 

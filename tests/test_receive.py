@@ -38,8 +38,8 @@ from s3dcp._payload import ViewsPayload, split, steps
 from s3dcp._receive import receive
 from s3dcp._store import Scatter
 
-_PROMPTLY_S = 5.0
-_IDLE_S = 10.0
+_PROMPTLY_S = 50.0
+_IDLE_S = 100.0
 #: Enough that the protocol is swapped, and that aiohttp stops reading on its own account.
 SIZE = 1_000_003
 
@@ -739,7 +739,7 @@ class TestAPeerThatStopsReading:
                 endpoint_url=peer.url, read_timeout_s=0.2, force_path_style=True
             )
             store = S3Store("us-east-1", config)
-            async with asyncio.timeout(30):  # botocore is imported and its models are read
+            async with asyncio.timeout(_PROMPTLY_S):
                 with pytest.raises(S3TimeoutError, match=r"took no bytes for 0.2 s") as caught:
                     await store.put(S3Uri("bucket", "key"), [memoryview(bytes(self.BIG))])
             assert (caught.value.operation, caught.value.key) == ("PutObject", "key")
@@ -766,7 +766,7 @@ class TestAPeerThatStopsReading:
             store = S3Store(
                 "us-east-1", S3ClientConfig(endpoint_url=peer.url, force_path_style=True)
             )
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(_PROMPTLY_S):
                 with pytest.raises(
                     S3ProtocolError, match=r"200 when \d+ of \d+ bytes were not sent"
                 ) as caught:

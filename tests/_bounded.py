@@ -95,7 +95,7 @@ def try_bounded(
         input=pickle.dumps((module, memory_bytes, dict(cases))),
         capture_output=True,
         check=False,
-        timeout=100,
+        timeout=200,
         cwd=Path(__file__).parents[1],
     )
     assert done.returncode == 0, done.stderr.decode()

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 #: Seconds in which any command is done.
-LIMIT_S = 60
+LIMIT_S = 200
 
 
 def run(*arguments: str) -> Result:

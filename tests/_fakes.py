@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
+import s3dcp._publish
 import s3dcp._s3client
 from s3dcp import S3ClientConfig, S3StorageReader, S3StorageWriter
 from s3dcp._checksums import crc_of
@@ -30,10 +32,14 @@ METADATA = ".metadata"
 
 @contextmanager
 def addressed(server: FakeS3) -> Iterator[FakeS3]:
-    """Point this process at a server whose bucket is empty, and let retries follow at once."""
+    """Point this process at a server whose bucket is empty, and let retries follow at once.
+
+    How many requests a save makes does not depend on how long the machine takes for it.
+    """
     with pytest.MonkeyPatch.context() as patch:
         use(server, patch)
         patch.setattr(s3dcp._s3client, "RetryPolicy", partial(RetryPolicy, jitter=lambda: 0.0))
+        patch.setattr(s3dcp._publish, "_RECENT_S", math.inf)
         server.create_bucket(BUCKET)
         try:
             yield server

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Self
 if TYPE_CHECKING:
     from multiprocessing.context import ForkServerContext
 
-_LIMIT_S = 40.0
+_LIMIT_S = 100.0
 _GO = signal.SIGUSR1
 # Of torch, and of Python 3.12 for a fork beside threads, which some children are about.
 _EXPECTED = ["torch.distributed is :UserWarning", "This process :DeprecationWarning"]

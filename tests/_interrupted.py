@@ -115,7 +115,7 @@ def main(loop_factory: Callable[[], asyncio.AbstractEventLoop]) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(45, exit=True)
+    faulthandler.dump_traceback_later(190, exit=True)
     if sys.argv[1] == "asyncio":
         main(asyncio.new_event_loop)
     else:

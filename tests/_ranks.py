@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_START_TIMEOUT_S = 60.0
+_START_TIMEOUT_S = 200.0
 _GRACE_S = 2.0
 _LEAVE_TIMEOUT_S = 10.0
 
@@ -76,7 +76,7 @@ class RankPool:
         timeout_s: How long one call may take.
     """
 
-    def __init__(self, world_size: int, *, timeout_s: float = 90.0) -> None:
+    def __init__(self, world_size: int, *, timeout_s: float = 200.0) -> None:
         self.world_size = world_size
         self._timeout_s = timeout_s
         self._ranks: list[_Rank] = []
@@ -142,7 +142,8 @@ class RankPool:
     def _gather(self, timeout_s: float) -> tuple[dict[int, Any], dict[int, str]]:
         results: dict[int, Any] = {}
         tracebacks: dict[int, str] = {}
-        deadline_s = time.monotonic() + timeout_s
+        # A rank ends itself in time. One that cannot is waited for a little longer.
+        deadline_s = time.monotonic() + timeout_s + _LEAVE_TIMEOUT_S
         pending = {rank.connection: number for number, rank in enumerate(self._ranks)}
         while pending:
             ready = wait(list(pending), max(0.0, deadline_s - time.monotonic()))
@@ -157,7 +158,7 @@ class RankPool:
                     tracebacks[number] = failure
                     deadline_s = min(deadline_s, time.monotonic() + _GRACE_S)
         for number in pending.values():
-            tracebacks[number] = self._ranks[number].stacks()
+            tracebacks[number] = "neither returned nor failed"
         return results, tracebacks
 
     def _discard(self) -> None:
@@ -188,15 +189,18 @@ class _Rank:
         try:
             answer: tuple[Any, str | None] = pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError):
-            self.process.join(_GRACE_S)
-            return None, f"the process ended with exit code {self.process.exitcode}"
+            self.process.join(_LEAVE_TIMEOUT_S)
+            return (
+                None,
+                self.stacks() or f"the process ended with exit code {self.process.exitcode}",
+            )
         return answer
 
     def stacks(self) -> str:
         with suppress(FileNotFoundError):
             if text := self.dump.read_text():
                 return f"did not return in time:\n{text}"
-        return "did not return while another rank failed"
+        return ""
 
 
 def _rank_environ(rank: int, world_size: int) -> dict[str, str]:
@@ -219,8 +223,8 @@ def _serve(connection: Connection[bytes, bytes], dump: Path) -> None:
                 function, args, kwargs, environ, timeout_s = pickle.loads(message)
                 os.environ.clear()
                 os.environ.update(environ)
-                # Just before the parent gives up, and by a thread that needs no GIL.
-                faulthandler.dump_traceback_later(max(0.1, timeout_s - 1.0), file=stacks)
+                # By a thread that needs no GIL. The parent finds it when the pipe ends.
+                faulthandler.dump_traceback_later(timeout_s, file=stacks, exit=True)
                 answer = pickle.dumps((function(*args, **kwargs), None))
             except BaseException:  # noqa: BLE001 - CheckpointException is one, and all go back
                 answer = pickle.dumps((None, traceback.format_exc()))
@@ -240,7 +244,7 @@ def _join(rendezvous: str, world_size: int) -> None:
         init_method=rendezvous,
         rank=int(os.environ["RANK"]),
         world_size=world_size,
-        timeout=timedelta(seconds=60),
+        timeout=timedelta(seconds=300),
     )
 
 

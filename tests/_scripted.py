@@ -123,13 +123,13 @@ class Scripted:
 
     def __enter__(self) -> Self:
         self._thread.start()
-        port, self._loop, self._stop = self._listening.result(10)
+        port, self._loop, self._stop = self._listening.result(60)
         self.endpoint_url = f"http://127.0.0.1:{port}"
         return self
 
     def __exit__(self, *_: object) -> None:
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(10)
+        self._thread.join(60)
         assert not self._thread.is_alive()
 
     @contextmanager

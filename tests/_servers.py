@@ -114,7 +114,7 @@ def serve_moto() -> Iterator[Server]:
     """Serve S3 by moto: a process of its own, so that it shares neither state nor the GIL."""
     argv = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", "0"]
     with ServerProcess(
-        "moto", argv, listening=_MOTO_LISTENING, env=os.environ, start_timeout_s=60.0
+        "moto", argv, listening=_MOTO_LISTENING, env=os.environ, start_timeout_s=200.0
     ) as process:
         yield Server(
             name="moto",

@@ -50,12 +50,12 @@ def serve_tls(upstream_url: str, folder: Path) -> Iterator[TlsEndpoint]:
         target=lambda: asyncio.run(_serve(upstream_url, context, listening)), name="tls-proxy"
     )
     thread.start()
-    port, loop, stop = listening.result(timeout=10)
+    port, loop, stop = listening.result(timeout=60)
     try:
         yield TlsEndpoint(endpoint_url=f"https://localhost:{port}", ca_bundle=ca_bundle)
     finally:
         loop.call_soon_threadsafe(stop.set)
-        thread.join(timeout=10)
+        thread.join(timeout=60)
         assert not thread.is_alive()
 
 

@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 from urllib.parse import urlsplit
 
-_TIMEOUT_S = 10.0
+_TIMEOUT_S = 60.0
 
 
 def request(method: str, target: str, body: bytes | None = b"", **headers: str) -> bytes:

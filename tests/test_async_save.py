@@ -72,7 +72,7 @@ class HeldPlanner(DefaultSavePlanner):
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | BytesIO:
         """Wait first."""
-        assert self.released.wait(timeout=60)
+        assert self.released.wait(timeout=200)
         return super().resolve_data(write_item)
 
 
@@ -104,7 +104,7 @@ def test_what_is_saved_is_what_was_staged(bucket: str, cached: bool) -> None:
         overwrite_values(live)
         assert not future.done()
         planner.released.set()
-        future.result(timeout=60)
+        future.result(timeout=200)
     for step in range(3):
         assert_same(loaded(f"s3://{bucket}/{step}", state_of(step)), state_of(step))
 
@@ -120,7 +120,7 @@ def test_two_saves_at_once(bucket: str) -> None:
     ]
     for step, future in enumerate(futures):
         assert isinstance(future, Future)
-        future.result(timeout=60)
+        future.result(timeout=200)
         assert_same(loaded(f"s3://{bucket}/{step}", state_of(step)), state_of(step))
 
 
@@ -153,7 +153,7 @@ def test_errors_come_with_the_future(bucket: str) -> None:
     ):
         future = dcp.async_save(state_of(1), storage_writer=writer, no_dist=True)
         assert isinstance(future, Future)
-        failure = future.exception(timeout=60)
+        failure = future.exception(timeout=200)
         assert isinstance(failure, dcp.CheckpointException)
         [(error, _)] = failure.failures.values()
         assert isinstance(error, expected)
@@ -173,7 +173,7 @@ def save_shards_in_the_background(uri: str) -> None:
         live.to_local().zero_()
         planner.released.set()
         assert isinstance(future, Future)
-        future.result(timeout=60)
+        future.result(timeout=200)
         target = distribute_tensor(torch.zeros(1001, 300), mesh, [Shard(1)], src_data_rank=None)
         dcp.load({"model": {"weight": target}}, storage_reader=S3StorageReader(None, uri))
         expected = distribute_tensor(full + step, mesh, [Shard(1)], src_data_rank=None)
@@ -196,7 +196,7 @@ def save_by_a_process(uri: str) -> list[BaseException | None]:
         )
         overwrite_values(live)
         assert isinstance(future, Future)
-        return future.exception(timeout=60)
+        return future.exception(timeout=200)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "pin_memory", lambda self, *_: self)

@@ -53,7 +53,7 @@ def test_a_younger_party_waits_for_room() -> None:
         old.give(5)
         assert not wait([taking], 0.05).done
         old.give(5)
-        taking.result(10)
+        taking.result(60)
         assert shared.held_bytes == 100
 
 
@@ -65,7 +65,7 @@ def test_the_next_one_is_the_oldest_when_the_oldest_ends() -> None:
             shared.shares.reverse()
             taking = threads.submit(young.take, 500)
             assert not wait([taking], 0.05).done
-        taking.result(10)
+        taking.result(60)
 
 
 def test_nobody_waits_for_a_party_that_waits_for_it() -> None:
@@ -150,7 +150,7 @@ def test_parties_that_hold_it_all_and_want_more_all_end() -> None:
 
     with ThreadPoolExecutor(32) as threads:
         for ended in [threads.submit(party, seed) for seed in range(100)]:
-            ended.result(30)
+            ended.result(60)
     assert shared.held_bytes == 0
     # What all may hold, and what one may need at once.
     assert peak <= LIMIT + 4 * 29

@@ -53,7 +53,7 @@ from tests._scripted import (
 from tests._servers import Server
 
 MiB = 1 << 20
-_TIMEOUT_S = 20.0
+_TIMEOUT_S = 60.0
 
 Run = Callable[[Coroutine[Any, Any, Any]], Any]
 

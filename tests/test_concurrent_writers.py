@@ -114,7 +114,7 @@ def test_a_save_within_another(
     second = outcome(saving(B, overwrite=b_overwrites))
     named(fake, "ck")
     hold.release()
-    first_error = first.result(10)
+    first_error = first.result(60)
 
     committed = index > _COMMIT or (index == _COMMIT and answered)
     b_wins = b_overwrites or not (old or committed)
@@ -138,7 +138,7 @@ def test_commits_that_set_out_together(
     running = [jobs.submit(outcome, saving(state, overwrite=overwrite)) for state in states]
     hold.wait(len(states))
     hold.release()
-    errors = [each.result(20) for each in running]
+    errors = [each.result(60) for each in running]
 
     if overwrite:
         assert errors == [None] * len(states)
@@ -160,7 +160,7 @@ def test_a_large_checkpoint_is_replaced_whole(fake: FakeS3, jobs: ThreadPoolExec
     save(B, "ck", CONFIG, overwrite=False)
     hold.release()
 
-    assert isinstance(first.result(10), CheckpointExistsError)
+    assert isinstance(first.result(60), CheckpointExistsError)
     assert_holds(fake, "ck", B)
     assert not fake.uploads(BUCKET)
 
@@ -285,7 +285,7 @@ def test_every_outcome_of_a_commit(fake: FakeS3, jobs: ThreadPoolExecutor, case:
         fake.rules.clear()
         save(B, "ck", CONFIG)
         hold.release()
-    error = job.result(20)
+    error = job.result(60)
 
     assert type(error) is (case.error or type(None))
     fake.rules.clear()
@@ -311,7 +311,7 @@ def test_a_commit_that_arrives_late_changes_nothing(fake: FakeS3, jobs: ThreadPo
     save(B, "ck", CONFIG)
     rule.release()
 
-    assert late.arrived.wait(10)
+    assert late.arrived.wait(60)
     assert rule.struck[0].code == "PreconditionFailed"
     assert_holds(fake, "ck", B)
 
@@ -320,9 +320,9 @@ def test_jobs_of_two_processes(fake: FakeS3, jobs: ThreadPoolExecutor, ranks2: R
     """As above, without anything shared."""
     hold = fake.inject(Hold(), operation="PutObject", key=KEY, times=2)
     running = jobs.submit(ranks2.run, _save_as_rank)
-    hold.wait(2, timeout_s=60)
+    hold.wait(2)
     hold.release()
-    outcomes = running.result(30)
+    outcomes = running.result(60)
 
     assert sorted(outcomes) == ["CheckpointExistsError", "saved"]
     assert_holds(fake, "ck", _of_rank(outcomes.index("saved")))

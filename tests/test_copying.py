@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 RUN = f"s3://{BUCKET}/run"
 COPY = f"s3://{BUCKET}/copy"
-_LIMIT_S = 60
+_LIMIT_S = 200
 # One request after the other.
 ONE = S3ClientConfig(max_connections=1, part_size=5 * MiB, memory_budget_bytes=10 * MiB)
 

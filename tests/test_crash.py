@@ -235,7 +235,7 @@ def test_the_commit_of_a_killed_save_arrives_late(
         assert place.orphans() == written
         named = place.named() - {place.commit}
         late.release()
-        assert arrived.wait(10)
+        assert arrived.wait(60)
 
         whole, orphans = (following, written) if conditional else (dying.job, named)
         assert_same(place.load(whole.state()), whole.state())

@@ -45,7 +45,7 @@ def cell(kernel: tuple[Any, Any]) -> Cell:
             if message["msg_type"] == "stream" and content["name"] == stream:
                 printed.append(content["text"])
 
-        reply = client.execute_interactive(code, timeout=60, output_hook=note)["content"]
+        reply = client.execute_interactive(code, timeout=200, output_hook=note)["content"]
         if reply["status"] == "error":
             return f"{reply['ename']}: {reply['evalue']}"
         assert reply["status"] == "ok"  # and not "aborted"
@@ -79,7 +79,7 @@ def test_an_interrupted_cell_ends_and_the_next_one_works(
     client.execute("s3dcp.save(state, uri)", stop_on_error=False)
     rule.wait()
     manager.interrupt_kernel()
-    reply = client.get_shell_msg(timeout=60)["content"]
+    reply = client.get_shell_msg(timeout=200)["content"]
     rule.release()
     fake.rules.clear()
 

@@ -33,7 +33,7 @@ from s3dcp.testing import (
 from tests._fakes import BUCKET, data_keys, uri_of
 
 URI = uri_of("run/step-1")
-ONCE = S3ClientConfig(max_attempts=1, read_timeout_s=0.2)
+ONCE = S3ClientConfig(max_attempts=1)
 
 
 def save(*, overwrite: bool = True) -> None:
@@ -80,7 +80,7 @@ def nobody_listens(_: FakeS3) -> None:
 
 def silent(fake: FakeS3) -> None:
     fake.inject(Stall(), times=None)
-    load()
+    load(config=dataclasses.replace(ONCE, read_timeout_s=0.2))
 
 
 def another_range(fake: FakeS3) -> None:

@@ -359,7 +359,7 @@ class TestAsyncSave:
         saving = s3dcp.async_save(kept, URI)
         assert isinstance(saving, Future)
         kept["model"]["weights"].zero_()
-        saving.result(30)
+        saving.result(60)
         target = empty()
         s3dcp.load(target, URI)
 
@@ -370,7 +370,7 @@ class TestAsyncSave:
         saving = s3dcp.async_save(state(), URI, overwrite=False)
         assert isinstance(saving, Future)
         with pytest.raises(CheckpointExistsError) as caught:
-            saving.result(30)
+            saving.result(60)
 
         assert isinstance(caught.value.__cause__, CheckpointException)
         assert not saving.cancel()
@@ -384,9 +384,9 @@ class TestAsyncSave:
         try:
             response = s3dcp.async_save({"step": 1}, URI, async_stager=stager, overwrite=False)
             assert isinstance(response, AsyncSaveResponse)
-            response.staging_completion.result(30)
+            response.staging_completion.result(60)
             with pytest.raises(CheckpointExistsError):
-                response.upload_completion.result(30)
+                response.upload_completion.result(60)
         finally:
             stager.close()
 
@@ -466,7 +466,7 @@ class TestAwaited:
         assert not server.uploads(BUCKET)
         for thread in threading.enumerate():  # it may be on its last line
             if thread.name == "s3dcp-blocking":
-                thread.join(10)
+                thread.join(60)
                 assert not thread.is_alive()
         rule.release()
 

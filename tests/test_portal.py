@@ -26,7 +26,7 @@ from s3dcp._loop_thread import worker_count
 from s3dcp._portal import Portal, offload, portal
 from tests._scripted import LEAN
 
-_TIMEOUT_S = 20.0
+_TIMEOUT_S = 60.0
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def run(program: str) -> str:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
     )
     assert done.returncode == 0, done.stdout
@@ -712,7 +712,7 @@ async def work():
         await asyncio.sleep(0)
         print("ended", flush=True)
 portal().submit(work)
-assert started.wait(20)
+assert started.wait(60)
 """
         assert run(program) == "ended\n"
 
@@ -794,10 +794,10 @@ held, release = threading.Event(), threading.Event()
 def hold():
     with module._lock:
         held.set()
-        release.wait(20)
+        release.wait(60)
 thread = threading.Thread(target=hold)
 thread.start()
-held.wait(20)
+held.wait(60)
 child = os.fork()
 if not child:
     assert module.portal().call(answer) == 42

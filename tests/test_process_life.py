@@ -135,7 +135,7 @@ def test_many_forks_beside_requests_end_as_processes_do(fake: FakeS3) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=60,
+        timeout=200,
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "{0: 10}\n")

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import gc
 import logging
+import math
 import pickle
 import subprocess
 import sys
@@ -187,7 +188,7 @@ class TestOfDcp:
         assert list(writer.report.phases) == [*SAVED, "clean_up"]
         assert writer.report.totals.operations["DeleteObject"].requests == 1
 
-    @pytest.mark.parametrize(("recent_s", "looks"), [(5.0, 1), (0.0, 2)])
+    @pytest.mark.parametrize(("recent_s", "looks"), [(math.inf, 1), (0.0, 2)])
     def test_the_commit_goes_by_a_recent_look_alone(
         self, fake: FakeS3, monkeypatch: pytest.MonkeyPatch, recent_s: float, looks: int
     ) -> None:

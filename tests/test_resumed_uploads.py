@@ -36,7 +36,7 @@ SIZE = 17 * MiB  # four parts
 PART = 5 * MiB
 # One request after the other.
 ONE = S3ClientConfig(max_connections=1, part_size=PART, memory_budget_bytes=2 * PART)
-_LIMIT_S = 60
+_LIMIT_S = 200
 _COPY = """
 import sys
 from s3dcp import S3ClientConfig, copy

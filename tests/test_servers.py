@@ -42,7 +42,7 @@ MiB = 1 << 20
 @contextmanager
 def idle_connection(endpoint_url: str) -> Iterator[socket.socket]:
     """A kept-alive connection with no request on it, which ends when the server does."""
-    connection = HTTPConnection(urlsplit(endpoint_url).netloc, timeout=10)
+    connection = HTTPConnection(urlsplit(endpoint_url).netloc, timeout=60)
     with closing(connection):
         connection.request("GET", "/")
         assert connection.getresponse().read()
@@ -175,7 +175,7 @@ sys.stdin.read()
                 parent.stdin.close()
 
                 assert connection.recv(1) == b""
-                assert parent.wait(10) == (-signal.SIGKILL if "SIGKILL" in end else 0)
+                assert parent.wait(60) == (-signal.SIGKILL if "SIGKILL" in end else 0)
                 assert Path(root).exists() == ("SIGKILL" in end)
 
     def test_a_fork_does_not_end_it(self) -> None:
@@ -207,8 +207,14 @@ sys.stdin.read()
         assert repr(server) == "<LocalS3 stopped>"
 
     def test_a_server_that_never_listens_is_ended(self) -> None:
+        class Writes(ServerProcess):
+            def _await_port(self, timeout_s: float) -> int:
+                while not self.log_tail():
+                    os.sched_yield()
+                return super()._await_port(timeout_s)
+
         with pytest.raises(LocalServerError, match=r"(?s)sleeper did not listen.*here I am"):
-            ServerProcess(
+            Writes(
                 "sleeper",
                 ["/bin/sh", "-c", "echo here I am; exec sleep 1000"],
                 listening=re.compile("never"),
@@ -225,7 +231,7 @@ sys.stdin.read()
             ["/bin/sh", "-c", "trap '' TERM; echo port 1; exec sleep 1000"],
             listening=re.compile(r"port (\d)"),
             env=os.environ,
-            start_timeout_s=10,
+            start_timeout_s=60,
         ) as stubborn:
             pass
 
@@ -438,7 +444,7 @@ class TestRanks:
     def test_a_rank_that_does_not_return(self) -> None:
         with RankPool(1, timeout_s=30) as pool:
             pool.run(process_id)
-            pool._timeout_s = 1.5
+            pool._timeout_s = 1.0
             with pytest.raises(RanksFailedError, match=r"(?s)did not return.*in never_return"):
                 pool.run(never_return)
 

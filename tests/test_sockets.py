@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from s3dcp._sockets import _burst, lent_socket, send
 
 _BIG = 24 << 20  # more than the kernel's buffers hold
-_PROMPTLY_S = 10.0
+_PROMPTLY_S = 60.0
 
 Scenario = Callable[[asyncio.Transport, socket.socket], Awaitable[None]]
 

@@ -890,7 +890,7 @@ def test_a_second_close_waits_for_the_first(monkeypatch: pytest.MonkeyPatch) -> 
     class Slow(Sink):
         def close(self) -> None:
             publishing.set()
-            assert may_end.wait(10)
+            assert may_end.wait(60)
             super().close()
 
     sink = Slow()
@@ -910,9 +910,9 @@ def test_a_second_close_waits_for_the_first(monkeypatch: pytest.MonkeyPatch) -> 
 
     threads = [threading.Thread(target=writer.close), threading.Thread(target=second)]
     threads[0].start()
-    assert publishing.wait(10)
+    assert publishing.wait(60)
     threads[1].start()
-    assert waiting.wait(10)
+    assert waiting.wait(60)
     may_end.set()
     for thread in threads:
         thread.join()

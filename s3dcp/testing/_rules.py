@@ -12,7 +12,7 @@ from threading import Condition, Lock
 from s3dcp.testing._faults import Fault
 from s3dcp.testing._records import Record
 
-_WAIT_S = 10.0
+_WAIT_S = 60.0
 
 
 class Gate:

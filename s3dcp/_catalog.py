@@ -169,12 +169,13 @@ def gc(
         What is removed. Objects that a checkpoint above the URI names are not among it.
 
     Raises:
-        S3ConfigError: `keep` is less than 1, or `grace_s` no such time.
+        S3ConfigError: `keep` is less than 1, `grace_s` no such time, or `dry_run` no boolean.
         S3Exception: as the store; some of it may have been removed.
     """
     # True counts as 1, and would remove all checkpoints but one.
     if keep is not None and (type(keep) is not int or keep < 1):
         raise S3ConfigError(f"keep must be at least 1, or None for all checkpoints, got {keep!r}")
+    _check_dry_run(dry_run)
     client = S3Client(region, s3client_config)
     return client.call(_gc, _folder(uri), keep=keep, grace_s=grace_s, dry_run=dry_run)
 
@@ -197,14 +198,21 @@ def abort_uploads(
         s3client_config: Settings of the client.
 
     Raises:
+        S3ConfigError: `grace_s` is no such time, or `dry_run` no boolean.
         S3Exception: as the store; some may have been aborted.
     """
+    _check_dry_run(dry_run)
     client = S3Client(region, s3client_config)
     return client.call(_abort_uploads, _folder(uri), grace_s=grace_s, dry_run=dry_run)
 
 
 def _folder(uri: str | os.PathLike[str]) -> S3Uri:
     return folder_of(parse_s3_uri(uri))
+
+
+def _check_dry_run(dry_run: object) -> None:
+    if type(dry_run) is not bool:  # None or 0 would remove what nobody meant to be removed
+        raise S3ConfigError(f"dry_run must be True or False, got {dry_run!r}")
 
 
 def _ago(seconds: float) -> datetime:

@@ -40,6 +40,16 @@ def check_thread_count(value: object) -> None:
         raise S3ConfigError(f"thread_count must be a positive whole number, got {value!r}")
 
 
+def check_callable(name: str, value: object) -> None:
+    """Refuse what is neither None nor called with something.
+
+    Raises:
+        S3ConfigError: it is neither.
+    """
+    if value is not None and not callable(value):
+        raise S3ConfigError(f"{name} must be a callable, got {value!r}")
+
+
 @dataclass(frozen=True)
 class S3ClientConfig:
     """Settings of a client. The first six are the reference library's, in its order.

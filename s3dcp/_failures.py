@@ -77,7 +77,7 @@ _HINTS: dict[type[S3Exception], str] = {
     errors.ObjectNotFoundError: "look which checkpoints are complete, and load one of those",
     errors.S3CredentialsError: (
         "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, a profile, or a role; "
-        "S3ClientConfig(unsigned=True) reads public buckets"
+        "S3ClientConfig(unsigned=True), or --unsigned, reads public buckets"
     ),
     errors.WrongRegionError: "pass the bucket's own region",
     errors.PreconditionFailedError: (
@@ -188,7 +188,7 @@ _LIBRARY_ERRORS: tuple[tuple[tuple[type[Exception], ...], type[S3Exception], str
     (
         (boto.ProfileNotFound, boto.ConfigNotFound, boto.ConfigParseError, boto.InvalidConfigError),
         errors.S3ConfigError,
-        "check S3ClientConfig.profile and the AWS configuration file",
+        "check S3ClientConfig.profile, or --profile, and the AWS configuration file",
     ),
     (
         (boto.ConnectTimeoutError, boto.ReadTimeoutError, TimeoutError),

@@ -10,7 +10,7 @@ from pathlib import PurePath
 
 from torch.distributed.checkpoint.filesystem import FileSystemBase
 
-from s3dcp._config import S3ClientConfig
+from s3dcp._config import S3ClientConfig, check_callable
 from s3dcp._constructors import S3ReaderConstructor, S3ReaderConstructorProtocol
 from s3dcp._downloads import Downloads
 from s3dcp._errors import InvalidS3UriError, S3ConfigError
@@ -34,6 +34,9 @@ class S3FileSystem(FileSystemBase):
         s3_client: An existing handle; by default one is made from the other arguments.
         s3client_config: Settings of the client.
         reader_constructor: Makes the readers of `create_stream(path, "rb")`.
+
+    Raises:
+        S3ConfigError: an argument that cannot work.
     """
 
     def __init__(
@@ -43,6 +46,7 @@ class S3FileSystem(FileSystemBase):
         s3client_config: S3ClientConfig | None = None,
         reader_constructor: S3ReaderConstructorProtocol | None = None,
     ) -> None:
+        check_callable("reader_constructor", reader_constructor)
         self._path: str = ""
         self.client = s3_client or S3Client(region, s3client_config)
         #: Counts the requests of the readers that are opened, if it is set.

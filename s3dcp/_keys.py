@@ -43,7 +43,8 @@ def parse_s3_uri(path: str | os.PathLike[str]) -> S3Uri:
         path: `s3://bucket/key`, as text or as a path object.
 
     Raises:
-        InvalidS3UriError: not an S3 URI, no bucket, a `.` or `..` segment, or too long a key.
+        InvalidS3UriError: not an S3 URI, no bucket or none that can be, a `.` or `..` segment, or
+            too long a key.
     """
     text = uri_text(path)
     if not text.startswith(_SCHEME):
@@ -55,6 +56,11 @@ def parse_s3_uri(path: str | os.PathLike[str]) -> S3Uri:
         bucket, key = arn["bucket"], arn["key"] or ""
     else:
         bucket, _, key = rest.partition("/")
+    if "@" in bucket:  # as others have credentials in URIs, which errors must not show
+        raise InvalidS3UriError(
+            "A bucket's name has no @. Credentials are not for URIs: set AWS_ACCESS_KEY_ID and "
+            "AWS_SECRET_ACCESS_KEY, and write s3://BUCKET/PREFIX"
+        )
     if not bucket:
         raise InvalidS3UriError(
             f"Bucket name must be non-empty in {text!r}: write s3://BUCKET/PREFIX"

@@ -22,7 +22,7 @@ from typing import Literal
 import torch.distributed as dist
 
 from s3dcp import _telemetry as telemetry
-from s3dcp._errors import S3ConfigError
+from s3dcp._config import check_callable
 from s3dcp._progress import Bar, Meter, ProgressCallback, check_progress
 from s3dcp._report import Report
 from s3dcp._tally import Tally
@@ -51,10 +51,7 @@ class Audience:
 
     def __post_init__(self) -> None:
         check_progress(self.progress)
-        if self.on_report is not None and not callable(self.on_report):
-            raise S3ConfigError(
-                f"on_report must be a callable that takes a Report, got {self.on_report!r}"
-            )
+        check_callable("on_report", self.on_report)
 
 
 class Recording:

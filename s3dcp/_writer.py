@@ -22,7 +22,7 @@ from torch.futures import Future
 from s3dcp._calls import Call
 from s3dcp._collector import dismantle
 from s3dcp._commit import Found, data_name, deletions, metadata_name
-from s3dcp._config import S3ClientConfig, check_thread_count
+from s3dcp._config import S3ClientConfig, check_callable, check_thread_count
 from s3dcp._errors import (
     CorruptMetadataError,
     IncompleteSaveError,
@@ -95,6 +95,7 @@ class S3StorageWriter(FileSystemWriter):
                 "default format, or write safetensors with S3HuggingFaceStorageWriter"
             )
         check_thread_count(thread_count)
+        check_callable("prefix_strategy", prefix_strategy)
         fs = S3FileSystem(region, s3client_config=s3client_config)
         path = fs.init_path(path)
         super().__init__(path=path, thread_count=thread_count, **{"sync_files": False, **kwargs})

@@ -295,6 +295,12 @@ class TestArguments:
         found = met_by(lambda: save(Place("s3://bucket/run", config={"part_size": 1})))  # type: ignore[arg-type]
         check(found, S3ConfigError, "S3ClientConfig of s3dcp", "builtins: dict")
 
+    def test_what_is_called_later(self, stored: Stored) -> None:
+        found = met_by(lambda: save(Place(stored.uri), prefix_strategy="hex"))
+        check(found, S3ConfigError, "prefix_strategy must be a callable, got 'hex'")
+        found = met_by(lambda: load(Place(stored.uri), reader_constructor="sequential"))
+        check(found, S3ConfigError, "reader_constructor must be a callable, got 'sequential'")
+
 
 class TestBuckets:
     def test_one_that_does_not_exist(

@@ -426,13 +426,14 @@ class TestGc:
         [
             *({"keep": keep} for keep in (0, -1, True, 1.5, "3")),
             *({"grace_s": grace_s} for grace_s in (-1, 1e15, float("nan"), "24h")),
+            *({"dry_run": dry_run} for dry_run in (None, 0, "no")),
         ],
     )
     def test_arguments_that_cannot_be_meant(self, fake: FakeS3, wrong: dict[str, Any]) -> None:
         put_checkpoint(fake, "run/", "__0_0.distcp")
 
         with pytest.raises(s3dcp.S3ConfigError, match="must be"):
-            s3dcp.gc(RUN, dry_run=False, **wrong)
+            s3dcp.gc(RUN, **{"dry_run": False} | wrong)
         assert len(fake.keys(BUCKET)) == 2
 
     def test_commits_are_read_once(self, fake: FakeS3) -> None:

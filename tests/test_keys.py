@@ -115,6 +115,7 @@ def test_keys_are_never_changed(key: str) -> None:
         (Path("/s3:/bucket"), "Only s3:// URIs"),
         (PureWindowsPath("s3://bucket/key"), "Only s3:// URIs"),
         ("s3://", "Bucket name"),
+        ("s3://key:secret@bucket/a", "A bucket's name has no @"),
         ("s3:///key", "Bucket name"),
         (Path("s3:/"), "Only s3:// URIs"),
         ("s3://bucket/.", "not allowed as a segment"),
@@ -136,6 +137,7 @@ def test_refused(path: str | PathLike[str], complaint: str) -> None:
         parse_s3_uri(path)
 
     assert isinstance(caught.value, ValueError)
+    assert "secret" not in str(caught.value)
     again = pickle.loads(pickle.dumps(caught.value))
     assert (type(again), str(again)) == (InvalidS3UriError, str(caught.value))
 

@@ -273,7 +273,7 @@ def gc(
         click.echo(plain(f"Left alone, with all below it: {each.uri}: {each.problem}"), err=True)
     rows = [("checkpoint", each.uri, each.size_bytes) for each in found.checkpoints]
     rows += [("object", str(S3Uri(bucket, each.key)), each.size_bytes) for each in found.objects]
-    _print_removed(rows, "delete", "deleted", really=really)
+    _print_removed(uri, rows, "delete", "deleted", really=really)
 
 
 @cli.command()
@@ -304,7 +304,7 @@ def abort_uploads(
         print_json({"dry_run": not really, "uploads": uploads})
         return
     rows = [("upload", str(S3Uri(bucket, each.key)), None) for each in found]
-    _print_removed(rows, "abort", "aborted", really=really)
+    _print_removed(uri, rows, "abort", "aborted", really=really)
 
 
 @cli.command()
@@ -361,12 +361,15 @@ def _entry_as_dict(entry: verifying.StoredEntry) -> dict[str, Any]:
 
 
 def _print_removed(
-    rows: Sequence[tuple[str, str, int | None]], verb: str, done: str, *, really: bool
+    below: str, rows: Sequence[tuple[str, str, int | None]], verb: str, done: str, *, really: bool
 ) -> None:
     for kind, uri, size_bytes in rows:
         size = "" if size_bytes is None else f" ({shown_size(size_bytes)})"
         click.echo(plain(f"{done if really else f'would {verb}'} {kind} {uri}{size}"))
-    if rows and not really:
+    if not rows:
+        left = "what is younger than --grace is left alone."
+        click.echo(f"Nothing to {verb} below {plain(below)}: {left}", err=True)
+    elif not really:
         click.echo(f"Nothing was changed: repeat it with --delete to {verb} these.", err=True)
 
 

@@ -247,7 +247,18 @@ class TestGc:
             "run/step-3/__0_0.distcp",
             "run/step-5/__0_0.distcp",
         ]
-        assert run("gc", RUN, "--delete").stdout == ""
+
+    @pytest.mark.parametrize("options", [[], ["--delete"], ["--keep", "1"]], ids=" ".join)
+    def test_nothing(self, fake: FakeS3, options: list[str]) -> None:
+        put_checkpoint(fake, "run/step-1/", "__0_0.distcp")
+        put_data(fake, "run/step-2/", "__0_0.distcp", days=0.5)
+
+        found = run("gc", RUN, *options)
+
+        assert (found.exit_code, found.stdout) == (0, "")
+        left = "what is younger than --grace is left alone."
+        assert found.stderr == f"Nothing to delete below {RUN}: {left}\n"
+        assert run("gc", RUN, "--json", *options).stderr == ""
 
     def test_json(self, fake: FakeS3) -> None:
         """Checkpoints are described as by `ls`."""
@@ -298,7 +309,10 @@ class TestAbortUploads:
         fake.forget()
         [key] = fake.uploads(BUCKET).values()
 
-        assert run("abort-uploads", RUN).stdout == ""  # it is younger than a day
+        none = run("abort-uploads", RUN)  # it is younger than a day
+        assert (none.exit_code, none.stdout) == (0, "")
+        left = "what is younger than --grace is left alone."
+        assert none.stderr == f"Nothing to abort below {RUN}: {left}\n"
         told = run("abort-uploads", RUN, "--grace", "0s")
         assert told.stdout == f"would abort upload s3://{BUCKET}/{key}\n"
         assert fake.uploads(BUCKET)

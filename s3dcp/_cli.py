@@ -266,11 +266,17 @@ def gc(
                 "checkpoints": [_as_dict(each) for each in found.checkpoints],
                 "objects": objects,
                 "unreadable": [_as_dict(each) for each in found.unreadable],
+                "copies": found.copies,
             }
         )
         return
     for each in found.unreadable:
         click.echo(plain(f"Left alone, with all below it: {each.uri}: {each.problem}"), err=True)
+    for place in found.copies:
+        told = (
+            "a copy to it was cut off. Copy again, or remove the folder if all of it is the copy's"
+        )
+        click.echo(plain(f"Left alone: {place}: {told}"), err=True)
     rows = [("checkpoint", each.uri, each.size_bytes) for each in found.checkpoints]
     rows += [("object", str(S3Uri(bucket, each.key)), each.size_bytes) for each in found.objects]
     _print_removed(uri, rows, "delete", "deleted", really=really)

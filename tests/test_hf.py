@@ -7,6 +7,7 @@ import json
 import pickle
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
@@ -662,7 +663,7 @@ def test_a_reader_in_the_middle_of_a_replacement(fake: FakeS3, subtests: pytest.
     fake.forget()
     assert len(states) == 5  # the index goes, a file is replaced, the other, and a new index comes
 
-    def become(state: dict[str, Any]) -> None:
+    def become(state: dict[str, Any], _: Record | None = None) -> None:
         objects.clear()
         objects.update(state)
 
@@ -672,8 +673,7 @@ def test_a_reader_in_the_middle_of_a_replacement(fake: FakeS3, subtests: pytest.
             with subtests.test(f"{first} to {then} before request {number}"):
                 become(states[first])
                 fake.forget()
-                turn = Call(before=lambda _, then=then: become(states[then]))
-                rule = fake.inject(turn, skip=number)
+                rule = fake.inject(Call(before=partial(become, states[then])), skip=number)
                 found = met("ck")
                 seen.add(found)
                 assert found in {"old", "new", "none", "changing"}

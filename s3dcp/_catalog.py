@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -28,6 +28,7 @@ from s3dcp._inventory import (
     Checkpoint,
     CheckpointInfo,
     commits_by_folder,
+    cut_off_copies,
     doomed,
     folder_of,
     needless,
@@ -57,13 +58,16 @@ class Garbage:
 
     Attributes:
         checkpoints: Those older than the ones to keep.
-        objects: Data objects that no checkpoint names.
+        objects: Data objects that no checkpoint names, and what copies left that were cut off.
         unreadable: Checkpoints whose commit cannot be read: everything below them stays.
+        copies: Where a copy was cut off, `s3://bucket/folder`, and files lie that stay, as nothing
+            tells whether they are its own.
     """
 
     checkpoints: tuple[CheckpointInfo, ...]
     objects: tuple[ObjectInfo, ...]
     unreadable: tuple[CheckpointInfo, ...]
+    copies: tuple[str, ...] = ()
 
 
 def list_checkpoints(
@@ -151,7 +155,8 @@ def gc(
     """Remove what is no longer needed at and below a URI; by default only tell what that is.
 
     Safetensors that another library may have written are not touched: of such files, those go whose
-    header has the id of a save of ours.
+    header has the id of a save of ours. Nor is what lies beside the `.s3dcp-copy` of a copy that
+    was cut off, which goes itself once nothing does.
 
     Args:
         uri: A run's folder. All checkpoints of a format below it count together.
@@ -271,6 +276,8 @@ async def _gc(
     found = await survey(channel, root)
     old = doomed(found.checkpoints, keep, found.everywhere, before)
     lost = await _ours(channel, root.bucket, orphans(found.listing, found.everywhere, before))
+    copies = cut_off_copies(found.listing, found.everywhere, before)
+    lost += _bare(copies, lost)
     if not dry_run and (old or lost):
         # What was committed or replaced meanwhile counts: only what is needless still is removed.
         found = await survey(channel, root, found.everywhere)
@@ -283,13 +290,27 @@ async def _gc(
         lost = [
             info for info in orphans(found.listing, found.everywhere, before) if info in lost_before
         ]
+        copies = cut_off_copies(found.listing, found.everywhere, before)
+        lost += _bare(copies, lost)
         old = await _remove(channel, found, old)
         await _drop_all(channel, root.bucket, lost)
     return Garbage(
         checkpoints=tuple(each.info() for each in old),
         objects=tuple(lost),
         unreadable=tuple(each.info() for each in found.everywhere if each.contents.unreadable),
+        copies=tuple(
+            str(place_of(S3Uri(root.bucket, claim.key.removesuffix(CLAIM_NAME))))
+            for claim in copies
+            if claim not in lost
+        ),
     )
+
+
+def _bare(
+    copies: Mapping[ObjectInfo, set[ObjectInfo]], lost: Sequence[ObjectInfo]
+) -> list[ObjectInfo]:
+    """Return the claims of copies beside which nothing is but what is lost."""
+    return [claim for claim, beside in copies.items() if beside <= set(lost)]
 
 
 async def _abort_uploads(

@@ -266,11 +266,17 @@ def gc(
                 "checkpoints": [_as_dict(each) for each in found.checkpoints],
                 "objects": objects,
                 "unreadable": [_as_dict(each) for each in found.unreadable],
+                "copies": found.copies,
             }
         )
         return
     for each in found.unreadable:
         click.echo(plain(f"Left alone, with all below it: {each.uri}: {each.problem}"), err=True)
+    for place in found.copies:
+        told = (
+            "a copy to it was cut off. Copy again, or remove the folder if all of it is the copy's"
+        )
+        click.echo(plain(f"Left alone: {place}: {told}"), err=True)
     rows = [("checkpoint", each.uri, each.size_bytes) for each in found.checkpoints]
     rows += [("object", str(S3Uri(bucket, each.key)), each.size_bytes) for each in found.objects]
     _print_removed(uri, rows, "delete", "deleted", really=really)
@@ -367,7 +373,8 @@ def _print_removed(
         size = "" if size_bytes is None else f" ({shown_size(size_bytes)})"
         click.echo(plain(f"{done if really else f'would {verb}'} {kind} {uri}{size}"))
     if not rows:
-        click.echo(plain(f"There is nothing to {verb} below {below}."), err=True)
+        left = "what is younger than --grace is left alone."
+        click.echo(f"Nothing to {verb} below {plain(below)}: {left}", err=True)
     elif not really:
         click.echo(f"Nothing was changed: repeat it with --delete to {verb} these.", err=True)
 

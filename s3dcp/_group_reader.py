@@ -37,7 +37,6 @@ class GroupReader(S3StorageReader):
     whether the others read as well.
     """
 
-    _missing: CheckpointNotFoundError | None = None
     _shared = False
     _group: dist.ProcessGroup | None = None
 
@@ -56,11 +55,10 @@ class GroupReader(S3StorageReader):
             return super().read_metadata(*args, **kwargs)
         except CheckpointNotFoundError as exc:
             if kwargs.get("rank") is None:
-                self._missing = exc
                 # torch asks for the rank's own then, as it does after an error, which it would log
                 # with its traceback.
                 return None  # type: ignore[return-value]
-            raise MetadataError(self._missing or exc) from exc
+            raise MetadataError(exc) from exc
         except Exception as exc:
             raise MetadataError(exc) from exc
 

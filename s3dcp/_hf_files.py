@@ -156,6 +156,9 @@ async def find(channel: Channel, base: S3Uri) -> HFCheckpoint:
     files = await _read_files(channel, base, await _uncommitted(channel, base), None)
     for name, file in files.items():
         if SAVE_ID_KEY in file.header.extra and name != SINGLE_NAME:
+            for committed in (INDEX_NAME, MANIFEST_NAME):
+                if await exists(channel, child_uri(base, committed)):  # by now
+                    raise _replaced(base)
             raise CheckpointNotFoundError(
                 f"No checkpoint at {base}: {name} is of a save that has not finished, and there "
                 f"is no {INDEX_NAME}. Load another one, or save again",
@@ -183,9 +186,8 @@ async def _uncommitted(channel: Channel, base: S3Uri) -> list[str]:
     if not names:
         raise CheckpointNotFoundError(
             f"No checkpoint at {base}: there is no {INDEX_NAME}, {MANIFEST_NAME} or {SINGLE_NAME}, "
-            f"and no other file that ends in {SUFFIX}. Load another one, of those that "
-            "s3dcp.list_checkpoints finds, or one with .metadata by s3dcp.load",
-            bucket=base.bucket,
+            f"and no other file that ends in {SUFFIX}",
+            f"and no other file that ends in {SUFFIX}: load another one",
             key=base.key,
         )
     return names

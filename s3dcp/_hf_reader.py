@@ -6,7 +6,9 @@ import os
 
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
+from s3dcp._commit import metadata_name
 from s3dcp._config import S3ClientConfig, check_thread_count
+from s3dcp._errors import AccessDeniedError, CheckpointNotFoundError
 from s3dcp._formats import INDEX_NAME
 from s3dcp._hf_files import child_uri, find, metadata_of
 from s3dcp._keys import S3Uri, parse_s3_uri
@@ -64,12 +66,21 @@ class S3HuggingFaceStorageReader(S3StorageReader):
 
     def _read_metadata(self, rank: int | None) -> Metadata:  # noqa: ARG002 - there is one for all
         tally = self.recording.tally
-        checkpoint = self.fs.client.call_counted(tally, find, parse_s3_uri(self.path))
+        try:
+            checkpoint = self.fs.client.call_counted(tally, find, parse_s3_uri(self.path))
+        except (AccessDeniedError, CheckpointNotFoundError) as exc:
+            exc.message += self._instead()
+            raise
         if checkpoint.commit is not None:
             self._commit_name, self._found = checkpoint.commit
         metadata = metadata_of(checkpoint)
         metadata.storage_meta = StorageMeta(load_id=self.load_id)
         return metadata
+
+    def _instead(self) -> str:
+        if not self._holds_any(metadata_name(), metadata_name(0)):
+            return ""
+        return ". There is one of DCP: load it with s3dcp.load, or dcp.load and S3StorageReader"
 
     def _metadata_uri(self, rank: int | None) -> S3Uri:  # noqa: ARG002 - there is one for all
         return child_uri(parse_s3_uri(self.path), self._commit_name)

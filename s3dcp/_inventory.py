@@ -24,6 +24,7 @@ from pathlib import Path
 
 from s3dcp._errors import CheckpointNotFoundError, S3ConfigError
 from s3dcp._formats import (
+    CLAIM_NAME,
     DCP,
     FORMATS,
     MANIFEST_NAME,
@@ -355,7 +356,7 @@ def orphans(
             it finds, so may all that lie beside a younger one.
     """
     data = [(info, format_) for info in listing for format_ in FORMATS if format_.is_data(info.key)]
-    young = {info.key for info, _ in data if not info.last_modified or info.last_modified > before}
+    young = {info.key for info, _ in data if _is_young(info, before)}
     busy = {_folder(info.key) for info, format_ in data if format_.recurs and info.key in young}
     named, sealed = _claims(checkpoints)
     return [
@@ -366,6 +367,35 @@ def orphans(
         and not info.key.startswith(sealed)
         and not (format_.recurs and _folder(info.key) in busy)
     ]
+
+
+def cut_off_copies(
+    listing: Iterable[ObjectInfo], checkpoints: Iterable[Checkpoint], before: datetime
+) -> dict[ObjectInfo, set[ObjectInfo]]:
+    """Return the claims of copies that were cut off, each with what lies beside it.
+
+    That is the copy's or somebody else's, but no checkpoint's. Where anything of the kind is
+    younger, at whatever depth, the copy may be under way. Arguments as `orphans`.
+    """
+    known = list(checkpoints)
+    named, sealed = _claims(known)
+    committed_folders = {each.folder.key for each in known}
+    unnamed = [info for info in listing if info.key not in named and not is_commit(info.key)]
+    copies = {}
+    for claim in unnamed:
+        folder = _folder(claim.key)
+        if (
+            claim.key == f"{folder}{CLAIM_NAME}"
+            and folder not in committed_folders
+            and not folder.startswith(sealed)
+            and not any(_is_young(i, before) for i in unnamed if i.key.startswith(folder))
+        ):
+            copies[claim] = {info for info in unnamed if _folder(info.key) == folder} - {claim}
+    return copies
+
+
+def _is_young(info: ObjectInfo, before: datetime) -> bool:
+    return info.last_modified is None or info.last_modified > before
 
 
 def _claims(checkpoints: Iterable[Checkpoint]) -> tuple[set[str], tuple[str, ...]]:

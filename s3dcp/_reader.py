@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+from contextlib import suppress
 from typing import IO, Any, cast
 
 from torch.distributed.checkpoint.filesystem import FileSystemReader
@@ -22,6 +23,7 @@ from s3dcp._constructors import (
     S3ReaderConstructorProtocol,
 )
 from s3dcp._errors import (
+    AccessDeniedError,
     CheckpointChangedError,
     CheckpointNotFoundError,
     CorruptMetadataError,
@@ -30,12 +32,13 @@ from s3dcp._errors import (
     S3Exception,
 )
 from s3dcp._filesystem import S3FileSystem
+from s3dcp._formats import INDEX_NAME, MANIFEST_NAME, SINGLE_NAME
 from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
 from s3dcp._landing import damaged
 from s3dcp._loading import LoadedItems
 from s3dcp._metadata import crcs_of, load_metadata
 from s3dcp._progress import ProgressCallback
-from s3dcp._publish import read
+from s3dcp._publish import exists, read
 from s3dcp._recording import Audience, Recording, ReportCallback
 from s3dcp._report import Report
 from s3dcp._tally import Totals
@@ -276,7 +279,27 @@ class S3StorageReader(FileSystemReader):
     def _find(self, rank: int | None) -> Found | None:
         """Return the bytes of `.metadata`, or of a rank's own."""
         tally = self.recording.tally
-        return self.fs.client.call_counted(tally, read, self._metadata_uri(rank))
+        try:
+            return self.fs.client.call_counted(tally, read, self._metadata_uri(rank))
+        except AccessDeniedError as exc:
+            exc.message += self._instead()
+            raise
+
+    def _instead(self) -> str:
+        """Return what else could be loaded from here, as a sentence to add, or nothing."""
+        if not self._holds_any(INDEX_NAME, MANIFEST_NAME, SINGLE_NAME):
+            return ""
+        return ". There is one of safetensors: load it with dcp.load and S3HuggingFaceStorageReader"
+
+    def _holds_any(self, *names: str) -> bool:
+        """Return whether one of these objects is there, and may be read."""
+        base, tally = parse_s3_uri(self.path), self.recording.tally
+        for name in names:
+            with suppress(S3Exception):
+                uri = S3Uri(base.bucket, join(base.key, name))
+                if self.fs.client.call_counted(tally, exists, uri):
+                    return True
+        return False
 
     def _read_metadata(self, rank: int | None) -> Metadata:
         if rank is not None and not isinstance(
@@ -288,10 +311,13 @@ class S3StorageReader(FileSystemReader):
         uri = self._metadata_uri(rank)
         found = self._find(rank)
         if found is None:
+            if self._global_failure is not None:  # in whose place torch asks for a rank's own
+                uri = self._metadata_uri(None)
+            # One rank looks for all, once there is no name left that the checkpoint may have.
+            instead = self._instead() if rank == 0 else ""
             raise CheckpointNotFoundError(
-                f"No checkpoint at {self.path}: there is no {uri}. A save that did not finish "
-                "leaves none; load another one, of those that s3dcp.list_checkpoints finds, or "
-                "safetensors with S3HuggingFaceStorageReader",
+                f"No checkpoint at {self.path}: there is no {uri}"
+                + (instead or ". A save that did not finish leaves none; load another one"),
                 bucket=uri.bucket,
                 key=uri.key,
             )

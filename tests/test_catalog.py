@@ -26,6 +26,7 @@ from s3dcp._inventory import (
     ancestors,
     commits_by_folder,
     committed,
+    cut_off_copies,
     doomed,
     folder_of,
     needless,
@@ -537,3 +538,45 @@ class TestOrphans:
             "x.distcp",
         ]
         assert self.keys(listing, checkpoint("", unreadable="forged")) == []
+
+
+class TestCutOffCopies:
+    CLAIM = "base/.s3dcp-copy"
+
+    @pytest.mark.parametrize(
+        ("listing", "found", "beside"),
+        [
+            ([listed(CLAIM)], [], [set()]),
+            ([listed(".s3dcp-copy")], [], [set()]),
+            (
+                [listed(CLAIM), listed("base/w.bin"), listed("base/x/y"), listed("z")],
+                [],
+                [{"w.bin"}],
+            ),
+            ([listed(f"{CLAIM}-not"), listed("base/w.bin")], [], []),
+            # It may be under way.
+            ([listed(CLAIM, days_old=0.5)], [], []),
+            ([listed(CLAIM), listed("base/x/y.distcp", days_old=0.5)], [], []),
+            ([ObjectInfo(key=CLAIM, size_bytes=64, etag=None)], [], []),
+            # It was committed, or to replace what is there.
+            ([listed(CLAIM), listed("base/.metadata")], [checkpoint("base/")], []),
+            ([listed(CLAIM)], [safetensors("base/")], []),
+            # Another checkpoint's.
+            ([listed(CLAIM), listed("base/a")], [checkpoint("", "base/a")], [set()]),
+            (
+                [listed(CLAIM), listed("base/1/a", days_old=0), listed("base/1/.metadata")],
+                [checkpoint("base/1/", "a")],
+                [set()],
+            ),
+            ([listed(CLAIM)], [checkpoint("", unreadable="forged")], []),
+        ],
+    )
+    def test_what_lies_there(
+        self, listing: list[ObjectInfo], found: list[Checkpoint], beside: list[set[str]]
+    ) -> None:
+        copies = cut_off_copies(listing, found, NOW - DAY)
+
+        assert list(copies) == listing[: len(copies)]
+        assert [
+            {info.key.rpartition("/")[2] for info in each} for each in copies.values()
+        ] == beside

@@ -248,7 +248,18 @@ class TestGc:
             "run/step-3/__0_0.distcp",
             "run/step-5/__0_0.distcp",
         ]
-        assert run("gc", RUN, "--delete").stdout == ""
+
+    @pytest.mark.parametrize("options", [[], ["--delete"], ["--keep", "1"]], ids=" ".join)
+    def test_nothing(self, fake: FakeS3, options: list[str]) -> None:
+        put_checkpoint(fake, "run/step-1/", "__0_0.distcp")
+        put_data(fake, "run/step-2/", "__0_0.distcp", days=0.5)
+
+        found = run("gc", RUN, *options)
+
+        assert (found.exit_code, found.stdout) == (0, "")
+        left = "what is younger than --grace is left alone."
+        assert found.stderr == f"Nothing to delete below {RUN}: {left}\n"
+        assert run("gc", RUN, "--json", *options).stderr == ""
 
     def test_json(self, fake: FakeS3) -> None:
         """Checkpoints are described as by `ls`."""
@@ -299,7 +310,10 @@ class TestAbortUploads:
         fake.forget()
         [key] = fake.uploads(BUCKET).values()
 
-        assert run("abort-uploads", RUN).stdout == ""  # it is younger than a day
+        none = run("abort-uploads", RUN)  # it is younger than a day
+        assert (none.exit_code, none.stdout) == (0, "")
+        left = "what is younger than --grace is left alone."
+        assert none.stderr == f"Nothing to abort below {RUN}: {left}\n"
         told = run("abort-uploads", RUN, "--grace", "0s")
         assert told.stdout == f"would abort upload s3://{BUCKET}/{key}\n"
         assert fake.uploads(BUCKET)
@@ -398,13 +412,6 @@ class TestOptions:
 
         assert run("ls", RUN, *said).exit_code == 0
         assert asked == [{"region": region, "s3client_config": S3ClientConfig(**config)}]
-
-    @pytest.mark.parametrize(("command", "verb"), [("gc", "delete"), ("abort-uploads", "abort")])
-    def test_nothing_to_do_is_said(self, fake: FakeS3, command: str, verb: str) -> None:
-        result = run(command, RUN, "--delete")
-
-        assert (result.exit_code, result.stdout) == (0, "")
-        assert result.stderr == f"There is nothing to {verb} below {RUN}.\n"
 
     def test_help_names_every_command(self) -> None:
         text = run("--help").stdout

@@ -444,6 +444,39 @@ class TestCutOff:
         fake.delete(BUCKET, "run/.s3dcp-copy")
         assert_same(load(state, "run"), state)
 
+    def test_gc_tells_of_it_and_leaves_it_alone(self, fake: FakeS3, tmp_path: Path) -> None:
+        """What lies there may have been there before."""
+        pretrained(tmp_path, tensors())
+        cut_off(tmp_path, RUN, fake)
+        there = names(fake, "run")
+        assert s3dcp.gc(uri_of("")).copies == ()  # it may be under way
+
+        found = run("gc", uri_of(""), "--grace", "0s", "--delete")
+
+        assert (found.exit_code, found.stdout) == (0, "")
+        assert f"Left alone: {RUN}: a copy to it was cut off. Copy again, or" in found.stderr
+        assert json.loads(run("gc", RUN, "--grace", "0s", "--json").stdout)["copies"] == [RUN]
+        assert names(fake, "run") == there
+        copy(tmp_path, RUN)
+        assert s3dcp.gc(RUN, grace_s=0).copies == ()
+
+    def test_gc_removes_its_claim_once_nothing_else_is_there(
+        self, fake: FakeS3, tmp_path: Path
+    ) -> None:
+        """As of checkpoints of ours, whose files `gc` knows."""
+        save(state_of(1), "ours", fqn_to_index_mapping=TWO_FILES)
+        cut_off(uri_of("ours"), COPY, fake)
+        claim = "copy/.s3dcp-copy"
+
+        told = s3dcp.gc(uri_of(""), grace_s=0)
+        assert claim in [each.key for each in told.objects]
+        assert claim in fake.keys(BUCKET)
+        assert s3dcp.gc(uri_of(""), grace_s=0, dry_run=False) == told
+
+        assert told.copies == ()
+        assert names(fake, "copy") == []
+        assert len(names(fake, "ours")) == 3
+
     @pytest.mark.parametrize("single", [False, True])
     def test_killed_on_its_way_down(
         self, fake: FakeS3, zygote: Zygote, tmp_path: Path, single: bool

@@ -7,6 +7,8 @@ import json
 import pickle
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -626,6 +628,60 @@ def test_a_reader_at_any_moment_of_a_replacement(fake: FakeS3, subtests: pytest.
             fake.forget()
             assert found in {"old", "new", "changing"}
     assert {"new", "changing"} <= seen
+
+
+def met(path: str) -> str:
+    """Load once: which state is there, or what is told."""
+    target = blank(OLD)
+    try:
+        load_into(target, path)
+    except CheckpointChangedError:
+        return "changing"
+    except AssertionError as exc:  # torch keeps the text of what `read_metadata` raised
+        [told] = [says for says in ("was replaced", "has not finished, and") if says in str(exc)]
+        return {"was replaced": "changing"}.get(told, "none")
+    for name, state in (("old", OLD), ("new", NEW)):
+        if all(same_bits(target[key], tensor) for key, tensor in state.items()):
+            return name
+    return "a mixture"
+
+
+def test_a_reader_in_the_middle_of_a_replacement(fake: FakeS3, subtests: pytest.Subtests) -> None:
+    """A load that begins after any request of a save; before one of its own, others follow."""
+    options = {"fqn_to_index_mapping": TWO_FILES}
+    save(OLD, "ck", CONFIG, **options)
+    objects = fake._s3.buckets[BUCKET].objects
+    states = [dict(objects)]
+
+    def note(_: Record) -> None:
+        if objects != states[-1]:
+            states.append(dict(objects))
+
+    fake.inject(Call(before=note), times=None)
+    save(NEW, "ck", replace(CONFIG, max_connections=1), **options)
+    states.append(dict(objects))
+    fake.forget()
+    assert len(states) == 5  # the index goes, a file is replaced, the other, and a new index comes
+
+    def become(state: dict[str, Any], _: Record | None = None) -> None:
+        objects.clear()
+        objects.update(state)
+
+    seen = set()
+    for first, then in [(0, 1), (1, 4), (2, 3), (2, 4)]:
+        for number in count():
+            with subtests.test(f"{first} to {then} before request {number}"):
+                become(states[first])
+                fake.forget()
+                rule = fake.inject(Call(before=partial(become, states[then])), skip=number)
+                found = met("ck")
+                seen.add(found)
+                assert found in {"old", "new", "none", "changing"}
+                # Who looked for an index last has been told before there was one.
+                assert found != "none" or then < 4 or len(fake.requests) - number <= 3
+            if not rule.struck:
+                break
+    assert seen == {"old", "new", "none", "changing"}
 
 
 def test_a_failed_save_leaves_nothing(fake: FakeS3) -> None:

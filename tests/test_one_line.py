@@ -219,16 +219,6 @@ class TestErrors:
         assert isinstance(cause, CheckpointException)
         assert [type(error) for error, _ in cause.failures.values()] == [CheckpointNotFoundError]
 
-    def test_a_checkpoint_of_the_other_format(self, server: FakeS3) -> None:
-        weights, files = {"w": torch.ones(2)}, uri_of("run/files")
-        s3dcp.save(weights, URI)
-        dcp.save(weights, storage_writer=s3dcp.S3HuggingFaceStorageWriter(None, files))
-
-        with pytest.raises(CheckpointNotFoundError, match="with S3HuggingFaceStorageReader"):
-            s3dcp.load(weights, files)
-        with pytest.raises(CheckpointNotFoundError, match=r"by s3dcp\.load"):
-            s3dcp.S3HuggingFaceStorageReader(None, URI).read_metadata()
-
     def test_torch_logs_nothing_of_metadata_that_is_not_there(
         self, server: FakeS3, caplog: pytest.LogCaptureFixture
     ) -> None:

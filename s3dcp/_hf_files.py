@@ -186,8 +186,8 @@ async def _uncommitted(channel: Channel, base: S3Uri) -> list[str]:
     if not names:
         raise CheckpointNotFoundError(
             f"No checkpoint at {base}: there is no {INDEX_NAME}, {MANIFEST_NAME} or {SINGLE_NAME}, "
-            f"and no other file that ends in {SUFFIX}",
             f"and no other file that ends in {SUFFIX}: load another one",
+            bucket=base.bucket,
             key=base.key,
         )
     return names

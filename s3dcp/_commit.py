@@ -19,6 +19,8 @@ whole from it on.
 
 from __future__ import annotations
 
+import re
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum, auto
@@ -34,6 +36,7 @@ from s3dcp._errors import (
 from s3dcp._store import Condition, matchable
 
 METADATA_NAME = ".metadata"
+_OF_ONE_SAVE = re.compile(r".*\d\.[0-9a-f]{16}\.distcp", re.DOTALL)  # as `data_name` makes them
 _REFUSES_CONDITIONS = frozenset({400, 501})
 
 
@@ -42,9 +45,19 @@ def metadata_name(rank: int | None = None) -> str:
     return METADATA_NAME if rank is None else f"__{rank}{METADATA_NAME}"
 
 
+def new_token() -> str:
+    """Return what tells the names of one save from those of all others."""
+    return uuid.uuid4().hex[:16]
+
+
 def data_name(prefix: str, number: int, token: str) -> str:
     """Return the name of a rank's `number`-th data object in the save that minted `token`."""
     return f"{prefix}{number}.{token}.distcp"
+
+
+def has_token(name: str) -> bool:
+    """Return whether a data object's name is of one save alone, and not that of others too."""
+    return _OF_ONE_SAVE.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,10 +15,11 @@ be taken up where it ended because a claim says what it was a copy of:
 |                       |           | loadable until the commit, if no name is used by both; else  |
 |                       |           | it goes first, commits before data                           |
 
-That holds for DCP, whose files nobody else calls so, and whose commits are of one save each. Files
-of other formats are bare. Neither a claim nor a commit tells whose file has such a name by now, as
-others save, edit and download under the same names. Its bytes do: it stays if they are the same,
-and is another checkpoint's if not.
+That holds for files whose names are of one save alone, as those are that s3dcp's saves give to DCP.
+All others are bare: safetensors, and what torch's own writer calls `__0_0.distcp` in every save.
+Neither a claim nor a commit tells whose file has such a name by now, as others save, edit and
+download under the same names. Its bytes do: it stays if they are the same, and is another
+checkpoint's if not.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Manifest:
         files: What the commits name, and what goes with it; an ETag stands for a version of the
             bytes.
         items: Those of each file, where any are known.
-        bare: The files of which others may be called the same.
+        bare: The files whose names others may use too.
     """
 
     commits: Mapping[str, bytes]

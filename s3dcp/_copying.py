@@ -91,10 +91,13 @@ def copy(
     `*.json`, `*.txt`, `*.model`, `*.py`, `*.md`, `*.jinja` or `*.tiktoken`, as a model's
     configuration and its tokenizer are. Not so what is called otherwise, what lies in folders below
     it (the shards of which the files were made, in `sharded/`, are a checkpoint of their own), and
-    indices of other weights. Names of safetensors and such files do not tell which version they
-    are, whoever wrote them. So those at the target are compared, by size and CRC64NVME: the same
-    ones stay, also of a run that was cut off, and any other one is another checkpoint's. What is on
-    a disk, or in a store that keeps no CRC64NVME, is read for that.
+    indices of other weights.
+
+    Only DCP that s3dcp saved has names of its own in every save. Names of safetensors, of what lies
+    beside them, and of what torch's own writer saved (`__0_0.distcp`) do not tell which version
+    they are. So those at the target are compared, by size and CRC64NVME: the same ones stay, also
+    of a run that was cut off, and any other one is another checkpoint's. What is on a disk, or in a
+    store that keeps no CRC64NVME, is read for that.
 
     Let one process at a time copy to a place. On a disk another one is refused. In a bucket it is
     found out only before the commit, when objects that both call the same may be the other's.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
+from s3dcp._commit import has_token
 from s3dcp._copies import Item, Manifest, forged, is_reserved, items_of
 from s3dcp._errors import IntegrityError
 from s3dcp._flow import wait_all
@@ -44,7 +45,12 @@ async def manifest_of(
         files = await place.files(items)
         ends = {name: max(item.end for item in found) for name, found in items.items()}
         _refuse_incomplete(place, commits, ends, files)
-        return Manifest(commits=bodies, files={name: files[name] for name in items}, items=items)
+        return Manifest(
+            commits=bodies,
+            files={name: files[name] for name in items},
+            items=items,
+            bare={name for name in items if not has_token(name)},
+        )
     indices = await offload(_indices, place, bodies)
     single = {info.key for info in commits if holds_data(info.key)}
     named = single.union(*(index.files for index in indices))

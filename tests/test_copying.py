@@ -296,10 +296,10 @@ class TestCutOff:
             for name, size in sizes.items():
                 fake.write(BUCKET, f"run/{run}/{name}", run.encode() * size)
         fake.inject(Refuse("AccessDenied"), operation="GetObject", key="run/1/b", skip=1)
-        fake.inject(Refuse("AccessDenied"), operation="GetObject", key="run/2/a")
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key="run/2/a", skip=1)
         for run in "12":
             with pytest.raises(S3Exception):
-                copy(f"{RUN}/{run}", tmp_path, s3client_config=ONE)
+                copy(f"{RUN}/{run}", tmp_path, overwrite=True, s3client_config=ONE)
 
         copy(f"{RUN}/2", tmp_path, s3client_config=ONE)
 
@@ -354,13 +354,44 @@ class TestCutOff:
         with pytest.raises(S3Exception):
             copy(sources[0], target, s3client_config=ONE)
 
-        report = copy(sources[1], target)
+        report = copy(sources[1], target, overwrite=up)  # where a whole file is there by now
 
         assert report.copied_bytes == report.size_bytes
         if up:
             assert_on_s3(fake, COPY, saved)
         else:
             assert_on_disk(tmp_path / "copy", saved)
+
+    @pytest.mark.parametrize("up", [False, True], ids=["to a disk", "to s3"])
+    def test_what_a_save_of_others_has_left_meanwhile_is_not_believed(
+        self, fake: FakeS3, tmp_path: Path, up: bool
+    ) -> None:
+        """Cut off too, it has no commit; its file has the copy's name and size."""
+        sizes = {"__0_0.distcp": 1 * MiB, "__1_0.distcp": 1 * MiB}
+        for name, size in sizes.items():
+            fake.write(BUCKET, f"run/{name}", b"1" * size)
+        fake.write(BUCKET, "run/.metadata", metadata_of(sizes))
+        source, target = (str(tmp_path / "run"), COPY) if up else (RUN, str(tmp_path / "copy"))
+        if up:
+            copy(RUN, source)
+        fake.inject(Refuse("AccessDenied"), operation="PutObject", key="copy/__1_0.distcp")
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key="run/__1_0.distcp")
+        with pytest.raises(S3Exception):
+            copy(source, target, s3client_config=ONE)
+        saved = b"2" * MiB
+        if up:
+            fake.write(BUCKET, "copy/__0_0.distcp", saved)
+        else:
+            (tmp_path / "copy/__0_0.distcp").write_bytes(saved)
+
+        with pytest.raises(CheckpointExistsError, match=r"its __0_0\.distcp is another"):
+            copy(source, target)
+        assert copy(source, target, overwrite=True).copied_objects == 2
+
+        if up:
+            copy(target, tmp_path / "copy")
+        found = [path.read_bytes() for path in (tmp_path / "copy").glob("*.distcp")]
+        assert found == [b"1" * MiB] * 2
 
     def test_killed(self, fake: FakeS3, tmp_path: Path) -> None:
         """On its way down; `test_resumed_uploads` has the other way."""

@@ -153,18 +153,29 @@ def deletions(replaced: Iterable[str], published: Iterable[str]) -> list[str]:
     return sorted(name for name in names if not name.endswith(METADATA_NAME))
 
 
-def folders_of(names: Iterable[str]) -> list[str]:
-    """Return every folder on the way to one of the names: "a" and "a/b" to "a/b/c"."""
-    found: set[str] = set()
+def nested_commits(names: Iterable[str]) -> list[str]:
+    """Return what other checkpoints' commits would be called in the folders on the way to names.
+
+    `a/.metadata` and `a/b/.metadata` for `a/b/c`.
+    """
+    folders: set[str] = set()
     for name in names:
         parts = name.split("/")[:-1]
-        found.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-    return sorted(found)
+        folders.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    return [f"{folder}/{METADATA_NAME}" for folder in sorted(folders)]
 
 
-def outside(names: Iterable[str], folders: Iterable[str]) -> list[str]:
-    """Return the names that do not lie below one of the folders."""
-    below = tuple(f"{folder}/" for folder in folders)
+def outside(names: Iterable[str], commits: Iterable[str]) -> list[str]:
+    """Return the names that may be deleted with a checkpoint that named them.
+
+    Not what lies below a folder with a commit of its own, which may name it too: metadata that
+    reaches into another checkpoint is forged, or points there.
+
+    Args:
+        names: What it named.
+        commits: Those of `nested_commits` that are there.
+    """
+    below = tuple(commit.removesuffix(METADATA_NAME) for commit in commits)
     return [name for name in names if not name.startswith(below)]
 
 

@@ -32,6 +32,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from s3dcp._checksums import combine
+from s3dcp._commit import outside
 from s3dcp._errors import CheckpointChangedError, CorruptMetadataError
 from s3dcp._formats import CLAIM_NAME, is_commit
 from s3dcp._keys import S3Uri
@@ -165,6 +166,7 @@ def plan(
     claimed: bool,
     same: Collection[str] = (),
     named: Iterable[str] | None = (),
+    nested: Iterable[str] = (),
 ) -> Plan:
     """Decide what to copy, and what goes.
 
@@ -175,6 +177,7 @@ def plan(
         claimed: Whether an earlier run began to copy just this.
         same: The bare files at the target that have the very bytes.
         named: What another checkpoint's commits at the target name; None if they cannot be read.
+        nested: The commits in folders below, whose checkpoints stay.
     """
     replaced = others(manifest, there, commits, same=same)
     replaces = bool(replaced)
@@ -192,7 +195,7 @@ def plan(
     stale = [name for name in missing if name in there]
     first = [name for name in manifest.last if name in stale]
     gone = set(named or ()) - manifest.files.keys() if replaces else ()
-    old = sorted(name for name in gone if not is_commit(name))
+    old = outside(sorted(name for name in gone if not is_commit(name)), nested)
     return Plan(
         missing=missing,
         uncommitted=(*commits, *first) if clash else (),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from s3dcp._budget import budget
 from s3dcp._cancellation import in_thread
+from s3dcp._commit import nested_commits
 from s3dcp._config import S3ClientConfig
 from s3dcp._copies import PARTIAL_SUFFIX, Manifest, others, plan
 from s3dcp._errors import (
@@ -249,13 +250,15 @@ class _Copying:
         claim, target = self.manifest.claim, self.target
         there = await self._look(room)
         claimed = there.claim
+        named = await offload(self._named, there.commits)
         decided = plan(
             self.manifest,
             there.sizes,
             there.commits,
             claimed=claimed == claim,
             same=there.same,
-            named=await offload(self._named, there.commits),
+            named=named,
+            nested=await target.files(nested_commits(named)) if named else (),
         )
         resume = decided.trusted and claimed == claim
         if decided.missing or there.commits != self.manifest.commits:

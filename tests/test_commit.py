@@ -15,9 +15,9 @@ from s3dcp._commit import (
     after_failure,
     data_name,
     deletions,
-    folders_of,
     has_token,
     metadata_name,
+    nested_commits,
     new_token,
     next_step,
     outside,
@@ -379,8 +379,8 @@ def test_no_commit_is_ever_deleted() -> None:
     assert deletions(["a", ".metadata", "b/.metadata", "__1.metadata"], []) == ["a"]
 
 
-def test_folders() -> None:
+def test_what_lies_below_another_checkpoint_is_spared() -> None:
     names = ["a", "b/c", "b/d/e", "b//f", "g/h"]
-    assert folders_of(names) == ["b", "b/", "b/d", "g"]
-    assert outside(names, ["b/d", "g"]) == ["a", "b/c", "b//f"]
+    assert nested_commits(names) == [f"{each}/.metadata" for each in ("b", "b/", "b/d", "g")]
+    assert outside(names, ["b/d/.metadata", "g/.metadata"]) == ["a", "b/c", "b//f"]
     assert outside(names, []) == names

@@ -477,6 +477,32 @@ class TestAnotherCheckpoint:
         copy(tmp_path / "second", COPY)
         assert_on_s3(fake, COPY, saved)
 
+    @pytest.mark.parametrize("up", [False, True], ids=["on a disk", "on s3"])
+    def test_one_below_it_stays(self, fake: FakeS3, tmp_path: Path, up: bool) -> None:
+        """Even if the `.metadata` that is replaced names its files."""
+        saved, other = save(RUN, seed=1), save(f"{COPY}/other", seed=2)
+        below = [key.removeprefix("copy/") for key in fake.keys(BUCKET, "copy/other/__")]
+        put_data(fake, "copy/", "old/x.distcp")
+        named = {"old/x.distcp": 10, **dict.fromkeys(below, 10)}
+        fake.write(BUCKET, "copy/.metadata", metadata_of(named))
+        target = tmp_path / "copy"
+        for key in [] if up else fake.keys(BUCKET, "copy/"):
+            (tmp_path / key).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / key).write_bytes(fake.read(BUCKET, key))
+        if up:
+            copy(RUN, tmp_path / "run")
+
+        copy(tmp_path / "run" if up else RUN, COPY if up else target, overwrite=True)
+
+        if up:
+            assert_on_s3(fake, COPY, saved)
+            assert_on_s3(fake, f"{COPY}/other", other)
+            assert "copy/old/x.distcp" not in fake.keys(BUCKET)
+        else:
+            assert_on_disk(target, saved)
+            assert_on_disk(target / "other", other)
+            assert not (target / "old/x.distcp").exists()
+
     def test_one_that_cannot_be_read(
         self, fake: FakeS3, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:

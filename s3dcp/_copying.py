@@ -13,11 +13,13 @@ from s3dcp._cancellation import in_thread
 from s3dcp._commit import nested_commits
 from s3dcp._config import S3ClientConfig
 from s3dcp._copies import PARTIAL_SUFFIX, Manifest, others, plan
+from s3dcp._disk import typed
 from s3dcp._errors import (
     CheckpointChangedError,
     CheckpointExistsError,
     CommitConflictError,
     CorruptMetadataError,
+    DiskError,
     InvalidS3UriError,
     S3ConfigError,
 )
@@ -126,7 +128,7 @@ def copy(
         IntegrityError: the source is damaged or incomplete.
         CorruptMetadataError, InvalidS3UriError: so are its commits or its files' headers, or they
             name what lies outside of the folder.
-        OSError: the disk refused something.
+        DiskError: the disk refused something, or something else is in the way of a file.
         S3Exception: as the store.
     """
     client = S3Client(region, s3client_config)
@@ -151,7 +153,7 @@ def copy(
         part_bytes=config.part_size,
         connections=channel.slots.count,
     )
-    with budget().share(limit_bytes) as share:
+    with typed(), budget().share(limit_bytes) as share:
         share.take(room.memory_bytes)  # not all, so that saves and loads can go on
         portal.call(copying.prepare, room)
         with copying.target.alone():
@@ -241,9 +243,12 @@ class _Copying:
         self.manifest = await manifest_of(
             self.source, self._format, self._from, look_into=self.verify
         )
-        for name in self.manifest.files:
-            self.target.check(name)
+        await offload(self._check_names)
         await self._look(room)
+
+    def _check_names(self) -> None:
+        for name in (*self.manifest.files, *self.manifest.commits):
+            self.target.check(name)
 
     async def run(self, room: Room) -> None:
         """Copy it; nobody else copies to the same place meanwhile, on this machine."""
@@ -341,7 +346,7 @@ class _Copying:
         described = {name: body for name, body in commits.items() if not holds_data(name)}
         try:
             return names_of(self.target, self._format, described)
-        except (CorruptMetadataError, InvalidS3UriError) as exc:
+        except (CorruptMetadataError, DiskError, InvalidS3UriError) as exc:
             _log.warning("objects of the checkpoint that is replaced are left in place: %s", exc)
             return None
 

@@ -79,6 +79,7 @@ def names_of(place: Place, format_: Format, commits: Mapping[str, bytes]) -> set
     Raises:
         CorruptMetadataError: a commit cannot be read, or is forged.
         InvalidS3UriError: a name leads out of the folder.
+        DiskError: so does a link in it, or it leads to a folder.
     """
     if format_ is DCP:
         names = set(items_of(commits, f"{place}/"))

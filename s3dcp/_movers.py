@@ -12,6 +12,7 @@ far it had come, and the copy goes on from there.
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
@@ -22,7 +23,7 @@ from typing import Generic, TypeVar
 from s3dcp._checksums import combine, crcs_of
 from s3dcp._config import MiB
 from s3dcp._copies import Checks, Item, changed
-from s3dcp._disk import fill, naming, partial_of
+from s3dcp._disk import fill, naming, own, partial_of
 from s3dcp._downloads import Downloads
 from s3dcp._errors import ObjectNotFoundError, PreconditionFailedError
 from s3dcp._flow import wait_all
@@ -187,7 +188,7 @@ class _Incoming:
     def begin(self, resume: bool) -> int:
         """Open it; return how many bytes are there: none, unless it goes on where it ended."""
         self._partial.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._opened.enter_context(self._partial.open("a+b", buffering=0))
+        self._file = self._opened.enter_context(io.FileIO(str(self._partial), "a+", opener=own))
         size_bytes = os.fstat(self._file.fileno()).st_size
         if resume and size_bytes <= self.size_bytes and self._is_sound(size_bytes):
             return size_bytes

@@ -517,7 +517,10 @@ class TestCp:
 
         assert (result.exit_code, result.stdout) == (2, "")
         [line] = result.stderr.splitlines()
-        assert line.startswith("Error: [Errno 20] Not a directory: ")
+        assert line == (
+            f"Error: {tmp_path}/file/folder: Not a directory: something else is in the way: remove "
+            "it, or copy to another folder"
+        )
 
     def test_ctrl_c_and_on_it_goes(self, fake: FakeS3, tmp_path: Path) -> None:
         """In a terminal: a bar, Ctrl-C from the keyboard, and the same command again."""

@@ -23,14 +23,18 @@ from s3dcp import (
     CommitConflictError,
     CopyReport,
     CorruptMetadataError,
+    DiskError,
     IntegrityError,
     InvalidS3UriError,
     ObjectNotFoundError,
     S3ClientConfig,
     S3ConfigError,
     S3Exception,
+    _movers,
+    _places,
     copy,
 )
+from s3dcp._disk import own
 from s3dcp.testing import Call, FakeS3, Fault, FlipByte, Record, Refuse, Stall
 from tests._catalogs import metadata_of, put_checkpoint, put_data
 from tests._fakes import BUCKET
@@ -565,8 +569,10 @@ class TestRefused:
             (f"{RUN}/none", "{disk}/b", CheckpointNotFoundError),
             ("{disk}/none", COPY, CheckpointNotFoundError),
             ("s3://nowhere/run", "{disk}/b", S3Exception),
-            (RUN, "{disk}/file", FileExistsError),
-            (RUN, "/sys/folder", OSError),
+            (RUN, "{disk}/file", DiskError),
+            (RUN, "{disk}/file/below", DiskError),
+            (RUN, "/sys/folder", DiskError),
+            ("{disk}/file/below", COPY, CheckpointNotFoundError),
             (RUN, f"{RUN}/", S3ConfigError),
             (f"{RUN}/__0_0.distcp", "{disk}/b", CheckpointNotFoundError),
             (f"{RUN}/.metadata", "{disk}/b", CheckpointNotFoundError),
@@ -595,22 +601,28 @@ class TestRefused:
 
     @pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="no disk that is always full")
     @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
-    def test_a_full_disk(self, fake: FakeS3, tmp_path: Path, name: str) -> None:
+    def test_a_full_disk(
+        self, fake: FakeS3, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         put_checkpoint(fake, "run/", "__0_0.distcp")
         fake.inject(Refuse("AccessDenied"), operation="GetObject", key="*.distcp")
         with pytest.raises(S3Exception):
             copy(RUN, tmp_path)
-        full = tmp_path / f"{name}.partial"
-        full.unlink(missing_ok=True)
-        full.symlink_to("/dev/full")
 
-        with pytest.raises(OSError, match=f"make room, .*: '{full}'") as raised:
-            copy(RUN, tmp_path)
+        def opener(path: str, flags: int) -> int:
+            full = path == f"{tmp_path}/{name}.partial"
+            return own("/dev/full" if full else path, flags)
 
-        assert raised.value.errno == errno.ENOSPC
+        with monkeypatch.context() as patch:
+            patch.setattr(_places, "own", opener)
+            patch.setattr(_movers, "own", opener)
+            with pytest.raises(DiskError, match=rf"{name}\.partial: .*: make room, ") as raised:
+                copy(RUN, tmp_path)
+
+        assert isinstance(raised.value.__cause__, OSError)
+        assert raised.value.__cause__.errno == errno.ENOSPC
         assert not (tmp_path / name).exists()
         assert not (tmp_path / ".metadata").exists()
-        full.unlink()
         copy(RUN, tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == {".metadata", "__0_0.distcp"}
 

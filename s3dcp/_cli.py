@@ -219,7 +219,7 @@ def cp(
         f"{wall_s:.1f} s ({shown_size(report.copied_bytes / max(wall_s, 1e-9))}/s)"
     )
     click.echo(
-        f"{report.verified} items were compared with their checksums"
+        f"{report.verified} items were compared with checksums"
         + (f", {report.unverified} were not" if report.unverified else "")
     )
 

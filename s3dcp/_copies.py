@@ -240,7 +240,7 @@ class Checks:
     """The CRCs of a file's items, put together from those of its bytes as they pass by.
 
     Args:
-        items: Those of the file, in order. Of those without a CRC nothing is checked.
+        items: Those of the file. Of those without a CRC nothing is checked.
     """
 
     def __init__(self, items: Iterable[Item]) -> None:

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from s3dcp._budget import budget
@@ -23,7 +24,7 @@ from s3dcp._errors import (
     InvalidS3UriError,
     S3ConfigError,
 )
-from s3dcp._flow import Channel
+from s3dcp._flow import Channel, wait_all
 from s3dcp._formats import CLAIM_NAME, FORMATS, Format, FormatName, holds_data
 from s3dcp._inventory import folder_of, only
 from s3dcp._keys import parse_s3_uri, uri_text
@@ -56,9 +57,9 @@ class CopyReport:
         copied_objects: How many of them were not there already.
         copied_bytes: Bytes that were moved: less than the size of these objects where one was
             there in part.
-        verified: How many items were compared with their checksums.
-        unverified: How many of those copied were not: they have none, the store copied them
-            itself, or it was not asked for.
+        verified: How many items were compared with checksums: their own, or the store's of the
+            whole file.
+        unverified: How many of those copied were not: there are none, or it was not asked for.
         totals: The requests.
     """
 
@@ -111,9 +112,11 @@ def copy(
         format: Which checkpoint is meant, where there are both.
         overwrite: Whether another checkpoint that is there may be replaced. It stays loadable
             until the commit if both use different names, as s3dcp's saves do; else it goes first.
-        verify: Compare the checksums (CRC64NVME) of items that have one as they pass by. Within S3
-            they do not: the store copies by itself. Before that, the headers of safetensors files
-            are read: they must fit the files and the index.
+        verify: Compare the checksums (CRC64NVME) of items that have one as they pass by. Of files
+            with other items, and within S3, where nothing passes by, the store's checksum of the
+            whole file, if there is one: what was read with it, the copy's with it, or what was sent
+            with what arrived. Before that, the headers of safetensors files are read: they must fit
+            the files and the index.
         progress: Told, on another thread, how many bytes more are copied, and of how many in all.
         region: The buckets' region.
         s3client_config: Settings of the client.
@@ -125,7 +128,7 @@ def copy(
         CheckpointExistsError: another one is at the target, or another file of the same name.
         CheckpointChangedError: the source was changed meanwhile.
         CommitConflictError: another process copies to the same place.
-        IntegrityError: the source is damaged or incomplete.
+        IntegrityError: the source is damaged or incomplete, or the store's copy of it is.
         CorruptMetadataError, InvalidS3UriError: so are its commits or its files' headers, or they
             name what lies outside of the folder.
         DiskError: the disk refused something, or something else is in the way of a file.
@@ -233,6 +236,7 @@ class _Copying:
     _compared: dict[ObjectInfo, bool] = field(default_factory=dict)
     _copied: tuple[ObjectInfo, ...] = ()
     _resumed_bytes: int = 0
+    _vouched: set[str] = field(default_factory=set)
 
     async def prepare(self, room: Room) -> None:
         """Find out what is to be copied, and refuse it before anything is changed."""
@@ -284,21 +288,20 @@ class _Copying:
 
     def report(self, totals: Totals) -> CopyReport:
         """Return what was done."""
-        items = [
-            item
+        passed_by = self.verify and not self._is_within_s3
+        compared = [
+            (passed_by and item.crc is not None) or (self.verify and info.key in self._vouched)
             for info in self._copied
             for item in self.manifest.items.get(info.key, ())
             if item.end > item.start
         ]
-        compared = self.verify and not self._is_within_s3
-        verified = sum(item.crc is not None for item in items) if compared else 0
         return CopyReport(
             objects=len(self.manifest.files),
             size_bytes=self.manifest.size_bytes,
             copied_objects=len(self._copied),
             copied_bytes=sum(info.size_bytes for info in self._copied) - self._resumed_bytes,
-            verified=verified,
-            unverified=len(items) - verified,
+            verified=sum(compared),
+            unverified=len(compared) - sum(compared),
             totals=totals,
         )
 
@@ -359,6 +362,8 @@ class _Copying:
         cargo = Cargo(
             files=[info for info in self._copied if info.key not in manifest.last],
             items=manifest.items if self.verify else {},
+            sums=await self._sums() if self.verify else {},
+            vouched=self._vouched,
             resume=resume,
             advance=lambda count: self.progress(count, total),
         )
@@ -366,6 +371,20 @@ class _Copying:
         await self._check_unchanged()
         last = [info for info in self._copied if info.key in manifest.last]
         await self._carry(replace(cargo, files=last), room)
+
+    async def _sums(self) -> dict[str, int]:
+        """Return what the store has of files whose items' own checksums are not enough."""
+        items = self.manifest.items
+        files = [
+            info
+            for info in self._copied
+            if self._is_within_s3
+            or info.key not in items
+            or any(item.crc is None for item in items[info.key])
+        ]
+        crcs = await wait_all([partial(self.source.crc, info) for info in files])
+        found = zip(files, crcs, strict=True)
+        return {info.key: crc for info, crc in found if crc is not None}
 
     async def _carry(self, cargo: Cargo, room: Room) -> None:
         if not cargo.files:

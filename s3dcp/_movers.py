@@ -48,18 +48,24 @@ class Cargo:
     Attributes:
         files: Those that are missing at the target.
         items: Whose CRCs are compared, by file.
+        sums: The CRC64NVME of whole files, as their store has it, of those that are compared.
+        vouched: Gets the files of which a store's checksum was compared with what was copied.
         resume: Whether files that are there in part are parts of these.
         advance: Told how many bytes more are at the target.
     """
 
     files: Sequence[ObjectInfo]
     items: Mapping[str, Sequence[Item]]
+    sums: Mapping[str, int]
+    vouched: set[str]
     resume: bool
     advance: Callable[[int], None]
 
     def checks(self, info: ObjectInfo) -> Checks:
-        """Return what compares the CRCs of a file's items."""
-        return Checks(self.items.get(info.key, ()))
+        """Return what compares the CRCs of a file's items, and of all of it."""
+        crc = self.sums.get(info.key)
+        whole = Item(name=info.key, start=0, end=info.size_bytes, crc=crc)
+        return Checks([*self.items.get(info.key, ()), whole])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +152,7 @@ async def download(source: Bucket, target: Folder, cargo: Cargo, room: Room) -> 
     finally:
         for file in opened:
             file.close()
+    cargo.vouched.update(info.key for info in cargo.files if info.key in cargo.sums)
     return resumed_bytes
 
 
@@ -237,10 +244,11 @@ async def to_its_end(function: Callable[..., T], *args: object) -> T:
 
 
 async def copy_within(source: Bucket, target: Bucket, cargo: Cargo) -> None:
-    """Copy inside the store, which compares no items' CRCs.
+    """Copy inside the store, and compare what it says of both objects: no bytes pass by.
 
     Raises:
         CheckpointChangedError: an object was replaced or deleted meanwhile.
+        IntegrityError: the store's copy is not what it was made of.
         S3Exception: as the store.
     """
 
@@ -250,6 +258,13 @@ async def copy_within(source: Bucket, target: Bucket, cargo: Cargo) -> None:
             await copy(target.channel, uri, target.uri(info.key), if_match=info.etag)
         except (ObjectNotFoundError, PreconditionFailedError) as exc:
             raise changed(uri) from exc
+        if info.key in cargo.sums:
+            crc = (await target.head(info.key)).crc
+            if crc is not None:
+                if crc != cargo.sums[info.key]:
+                    await target.remove([info.key])  # another run would take it for whole
+                    raise damaged(info.key, target.uri(info.key), 0, info.size_bytes)
+                cargo.vouched.add(info.key)
         cargo.advance(info.size_bytes)
 
     await wait_all([partial(one, info) for info in cargo.files])

@@ -147,13 +147,21 @@ class Bucket:
             raise changed(uri) from exc
 
     async def crc(self, info: ObjectInfo) -> int | None:
-        uri = self.uri(info.key)
+        found = await self.head(info.key)
+        return found.crc if found.etag == info.etag else None
+
+    async def head(self, name: str) -> ObjectInfo:
+        """Return what the store says of an object now, its CRC64NVME too.
+
+        Raises:
+            CheckpointChangedError: it is gone.
+        """
+        uri = self.uri(name)
         head = partial(self.channel.store.head, uri, with_crc=True)
         try:
-            found = await self.channel.request("HeadObject", uri, head)
+            return await self.channel.request("HeadObject", uri, head)
         except ObjectNotFoundError as exc:
             raise changed(uri) from exc
-        return found.crc if found.etag == info.etag else None
 
     async def remove(self, names: Iterable[str]) -> None:
         await wait_all([partial(delete, self.channel, self.uri(name)) for name in names])

@@ -486,7 +486,7 @@ class TestCp:
         first, copied, compared = down.stdout.splitlines()
         assert first.startswith(f"{tmp_path}/copy is a copy of {RUN}/step-1: 1 objects (")
         assert re.fullmatch(r"1 objects were copied: .* KiB in .* s \(.*/s\)", copied)
-        assert compared == "2 items were compared with their checksums"
+        assert compared == "2 items were compared with checksums"
         assert f"{RUN}/step-2 is a copy of {tmp_path}/copy already: " in again.stdout
         assert run("verify", f"{RUN}/step-2").exit_code == 0
 

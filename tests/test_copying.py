@@ -125,7 +125,7 @@ class TestWhole:
         report = copy(str(tmp_path), COPY)
 
         assert_on_s3(fake, COPY, saved)
-        assert (report.verified, report.unverified) == ((0, 9) if stock else (9, 0))
+        assert (report.verified, report.unverified) == (9, 0)
 
     def test_within_s3(self, fake: FakeS3) -> None:
         saved = save()
@@ -134,7 +134,7 @@ class TestWhole:
         report = copy(RUN, COPY)
 
         assert_on_s3(fake, COPY, saved)
-        assert report.unverified == 9
+        assert (report.verified, report.unverified) == (9, 0)
         assert fake.stats()["CopyObject"] == 2
 
     def test_a_prefix_of_each_rank_is_a_folder(self, fake: FakeS3, tmp_path: Path) -> None:
@@ -729,6 +729,93 @@ class TestRefused:
 
         assert rule.struck
         assert isinstance(raised.value.__cause__, ObjectNotFoundError)
+
+
+class TestChecksumsOfTheStore:
+    """Of whole files, whose items have none, or which nobody sees as the store copies them."""
+
+    DATA = bytes(range(256)) * (12 * MiB // 256)
+
+    @pytest.fixture
+    def disk(self, tmp_path: Path) -> Path:
+        """Return a checkpoint whose only item has no checksum."""
+        (tmp_path / "disk").mkdir()
+        (tmp_path / "disk/a").write_bytes(self.DATA)
+        (tmp_path / "disk/.metadata").write_bytes(metadata_of({"a": len(self.DATA)}))
+        return tmp_path / "disk"
+
+    def test_damage_on_the_way(self, fake: FakeS3, disk: Path, tmp_path: Path) -> None:
+        copy(disk, RUN)
+        fake.inject(FlipByte(100), operation="GetObject", key="run/a", skip=1)
+
+        with pytest.raises(IntegrityError, match=rf"a: bytes .* of s3://{BUCKET}/run/a differ"):
+            copy(RUN, tmp_path / "copy", s3client_config=ONE)
+
+        assert not (tmp_path / "copy/a").exists()
+        assert copy(RUN, tmp_path / "copy").verified == 1
+        assert (tmp_path / "copy/a").read_bytes() == self.DATA
+
+    def test_damage_of_what_was_there_in_part(
+        self, fake: FakeS3, disk: Path, tmp_path: Path
+    ) -> None:
+        copy(disk, RUN)
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key="run/a", skip=1)
+        with pytest.raises(S3Exception):
+            copy(RUN, tmp_path / "copy", s3client_config=ONE)
+        with (tmp_path / "copy/a.partial").open("r+b") as file:
+            file.write(b"damaged")
+
+        with pytest.raises(IntegrityError):
+            copy(RUN, tmp_path / "copy")
+
+        assert copy(RUN, tmp_path / "copy").verified == 1
+        assert (tmp_path / "copy/a").read_bytes() == self.DATA
+
+    def test_damage_in_the_store(self, fake: FakeS3, disk: Path) -> None:
+        """While it made its copy, which must not be there for a later run to find."""
+        copy(disk, RUN)
+        (disk / "a").write_bytes(self.DATA[::-1])
+        copy(disk, f"{RUN}/damaged")
+
+        def damage(_: Record) -> Fault:
+            objects = fake._s3.buckets[BUCKET].objects
+            objects["copy/a"] = objects["run/damaged/a"]
+            return Fault()
+
+        rule = fake.inject(Call(before=damage), operation="HeadObject", key="copy/a")
+
+        with pytest.raises(IntegrityError, match=rf"s3://{BUCKET}/copy/a differ"):
+            copy(RUN, COPY)
+
+        assert rule.struck
+        assert "copy/a" not in fake.keys(BUCKET)
+        assert copy(RUN, COPY).verified == 1
+        assert fake.read(BUCKET, "copy/a") == self.DATA
+
+    def test_a_store_that_has_none(
+        self, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with FakeS3(checksums=False) as fake:
+            for name, value in fake.environ().items():
+                monkeypatch.setenv(name, value)
+            fake.create_bucket(BUCKET)
+
+            for way in ((disk, RUN), (RUN, COPY), (COPY, tmp_path / "copy")):
+                report = copy(*way)
+                assert (report.copied_objects, report.verified, report.unverified) == (1, 0, 1)
+
+    def test_no_more_requests_for_what_has_its_own(self, fake: FakeS3, tmp_path: Path) -> None:
+        save()
+        fake.forget()
+
+        assert copy(RUN, tmp_path / "copy").verified == 9
+
+        assert "HeadObject" not in fake.stats()
+
+    def test_it_was_not_asked_for(self, fake: FakeS3, disk: Path, tmp_path: Path) -> None:
+        for way in ((disk, RUN), (RUN, COPY), (COPY, tmp_path / "copy")):
+            report = copy(*way, verify=False)
+            assert (report.verified, report.unverified) == (0, 1)
 
 
 class TestConditions:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import click
@@ -199,7 +200,8 @@ def cp(
             format=format_name,
             overwrite=overwrite,
             verify=not no_verify,
-            progress=bar.advance,
+            progress=partial(bar.advance, what="copying"),
+            comparing=partial(bar.advance, what="comparing"),
             **store | {"s3client_config": config},
         )
     wall_s = time.monotonic() - began_s

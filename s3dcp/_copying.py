@@ -39,7 +39,7 @@ from s3dcp._tally import Tally, Totals
 
 _log = logging.getLogger("s3dcp.copies")
 
-#: Told how many bytes more have been copied, and of how many in all; on the portal's thread.
+#: Told how many bytes more are done, and of how many in all; on the portal's thread.
 Progress = Callable[[int, int], None]
 
 
@@ -80,6 +80,7 @@ def copy(
     overwrite: bool = False,
     verify: bool = True,
     progress: Progress = _silent,
+    comparing: Progress = _silent,
     region: str | None = None,
     s3client_config: S3ClientConfig | None = None,
 ) -> CopyReport:
@@ -118,6 +119,7 @@ def copy(
             with what arrived. Before that, the headers of safetensors files are read: they must fit
             the files and the index.
         progress: Told, on another thread, how many bytes more are copied, and of how many in all.
+        comparing: The same of what has to be read before that, to compare what is there already.
         region: The buckets' region.
         s3client_config: Settings of the client.
 
@@ -144,6 +146,7 @@ def copy(
         overwrite=overwrite,
         verify=verify,
         progress=progress,
+        comparing=comparing,
     )
     if isinstance(copying.source, Folder) and isinstance(copying.target, Folder):
         raise S3ConfigError(f"One of {source} and {target} must be an s3:// URI")
@@ -172,6 +175,7 @@ async def acopy(
     overwrite: bool = False,
     verify: bool = True,
     progress: Progress = _silent,
+    comparing: Progress = _silent,
     region: str | None = None,
     s3client_config: S3ClientConfig | None = None,
 ) -> CopyReport:
@@ -189,6 +193,7 @@ async def acopy(
         overwrite=overwrite,
         verify=verify,
         progress=progress,
+        comparing=comparing,
         region=region,
         s3client_config=s3client_config,
     )
@@ -230,6 +235,7 @@ class _Copying:
     overwrite: bool
     verify: bool
     progress: Progress
+    comparing: Progress
     manifest: Manifest = field(init=False)
     _format: Format = field(init=False)
     _from: tuple[ObjectInfo, ...] = field(init=False)
@@ -340,7 +346,7 @@ class _Copying:
         """Return which files at the target have the bytes of the source's."""
         unknown = [info for info in files if info not in self._compared]
         pairs = [(self.manifest.files[info.key], info) for info in unknown]
-        found = await same_files(self.source, self.target, pairs, room)
+        found = await same_files(self.source, self.target, pairs, room, self.comparing)
         self._compared |= {info: info.key in found for info in unknown}
         return {info.key for info in files if self._compared[info]}
 

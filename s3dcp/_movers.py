@@ -271,9 +271,20 @@ async def copy_within(source: Bucket, target: Bucket, cargo: Cargo) -> None:
 
 
 async def same_files(
-    source: Place, target: Place, pairs: Iterable[tuple[ObjectInfo, ObjectInfo]], room: Room
+    source: Place,
+    target: Place,
+    pairs: Iterable[tuple[ObjectInfo, ObjectInfo]],
+    room: Room,
+    progress: Callable[[int, int], None],
 ) -> set[str]:
     """Return the names of the files that are the same at two places, by their size and CRC64NVME.
+
+    Args:
+        source: The one place.
+        target: The other one.
+        pairs: What is there and here under the same names.
+        room: What may be used.
+        progress: Told how many bytes more were read, and of how many in all.
 
     Raises:
         CheckpointChangedError: one was replaced or deleted meanwhile.
@@ -292,6 +303,7 @@ async def same_files(
             await place.fetch(info, start, view)
             [crc] = await offload(crcs_of, [view])
             sums[number].append((start, crc, view.nbytes))
+            progress(view.nbytes, total)
 
     async def pieces() -> AsyncGenerator[tuple[int, int, int]]:
         for number, (_, info) in enumerate(files):
@@ -303,7 +315,8 @@ async def same_files(
     for (_, info), crc, found in zip(files, known, sums, strict=True):
         if crc is not None:
             found.append((0, crc, info.size_bytes))
-    if files:
+    read = [info for (_, info), crc in zip(files, known, strict=True) if crc is None]
+    if total := sum(info.size_bytes for info in read):
         async with aclosing(pieces()) as generator:
             queue = Queue(generator)
             await wait_all([partial(work, queue)] * room.buffers(READ_BYTES))

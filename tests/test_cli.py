@@ -454,6 +454,21 @@ class TestProcesses:
             assert process.wait(LIMIT_S) == 0
 
 
+def test_a_bar_of_one_thing_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal() as (ours, theirs), open(theirs, "w", closefd=False) as err:
+        monkeypatch.setattr(sys, "stderr", err)
+        with Bar() as bar:
+            bar.advance(10, 10, "comparing")
+            bar.refresh()
+            bar.advance(1, 4, "copying")
+            bar.refresh()
+            assert (bar.n, bar.total) == (1, 4)
+        shown = os.read(ours, 1 << 16).decode()
+
+    assert "comparing: 100%|" in shown
+    assert "copying:  25%|" in shown.partition("comparing: 100%|")[2]
+
+
 def test_what_is_logged_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal() as (ours, theirs), open(theirs, "w", closefd=False) as err:
         monkeypatch.setattr(sys, "stderr", err)

@@ -184,6 +184,25 @@ class TestWhole:
         assert copy(RUN, tmp_path).copied_objects == 1
         assert_on_disk(tmp_path, saved)
 
+    def test_what_has_to_be_read_to_compare_is_told(self, fake: FakeS3, tmp_path: Path) -> None:
+        """Here, what is on the disk: the store knows its own checksums."""
+        save_stock(tmp_path)
+        copied: list[tuple[int, int]] = []
+        told: list[tuple[int, int]] = []
+
+        for _ in range(2):
+            report = copy(
+                tmp_path,
+                COPY,
+                progress=lambda *step: copied.append(step),
+                comparing=lambda *step: told.append(step),
+            )
+
+        assert sum(count for count, _ in copied) == report.size_bytes
+        assert sum(count for count, _ in told) == report.size_bytes
+        assert {total for _, total in told} == {report.size_bytes}
+        assert max(count for count, _ in told) <= 8 * MiB
+
     def test_an_empty_object(self, fake: FakeS3, tmp_path: Path) -> None:
         fake.write(BUCKET, "run/__0_0.distcp", b"")
         fake.write(BUCKET, "run/.metadata", metadata_of({"__0_0.distcp": 0}))

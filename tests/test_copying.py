@@ -190,14 +190,17 @@ class TestWhole:
         copied: list[tuple[int, int]] = []
         told: list[tuple[int, int]] = []
 
-        for _ in range(2):
-            report = copy(
+        report, again = (
+            copy(
                 tmp_path,
                 COPY,
                 progress=lambda *step: copied.append(step),
                 comparing=lambda *step: told.append(step),
             )
+            for _ in range(2)
+        )
 
+        assert again.copied_objects == 0
         assert sum(count for count, _ in copied) == report.size_bytes
         assert sum(count for count, _ in told) == report.size_bytes
         assert {total for _, total in told} == {report.size_bytes}

@@ -21,7 +21,7 @@ if sys.platform != "win32":
 _NEXT_STEPS = {
     "make room, and copy again: it goes on where it ended": {errno.ENOSPC, errno.EDQUOT},
     "let this user do that, and copy again": {errno.EACCES, errno.EPERM, errno.EROFS},
-    "something else is in the way: remove it, or copy to another folder": {
+    "something else is in the way: copy to another folder, or remove it": {
         *(errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOTDIR)
     },
 }

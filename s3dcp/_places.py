@@ -239,14 +239,14 @@ class Folder:
             if folder.is_symlink():
                 raise DiskError(
                     f"{folder} is a link, and a copy neither writes nor removes what lies outside "
-                    "of its folder: remove the link, or copy to another folder"
+                    "of its folder: copy to another folder, or remove the link"
                 )
             if folder.exists() and not folder.is_dir():
-                raise DiskError(f"{folder} is no folder: remove it, or copy to another folder")
+                raise DiskError(f"{folder} is no folder: copy to another folder, or remove it")
         if path.is_dir():
             raise DiskError(
-                f"{path} is a folder, and the checkpoint has a file of this name: remove it, or "
-                "copy to another folder"
+                f"{path} is a folder, and the checkpoint has a file of this name: copy to "
+                "another folder, or remove it"
             )
 
     async def commits(self, format_: Format) -> tuple[ObjectInfo, ...]:

@@ -533,8 +533,8 @@ class TestCp:
         assert (result.exit_code, result.stdout) == (2, "")
         [line] = result.stderr.splitlines()
         assert line == (
-            f"Error: {tmp_path}/file/folder: Not a directory: something else is in the way: remove "
-            "it, or copy to another folder"
+            f"Error: {tmp_path}/file/folder: Not a directory: something else is in the way: copy "
+            "to another folder, or remove it"
         )
 
     def test_ctrl_c_and_on_it_goes(self, fake: FakeS3, tmp_path: Path) -> None:

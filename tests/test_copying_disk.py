@@ -44,14 +44,14 @@ class TestInTheWay:
     def test_a_folder_of_a_files_name(self, fake: FakeS3, tmp_path: Path, name: str) -> None:
         (tmp_path / "copy" / name).mkdir(parents=True)
 
-        self.refuse(fake, tmp_path / "copy", rf"{name} is a folder, .*: remove it", overwrite=True)
+        self.refuse(fake, tmp_path / "copy", rf"{name} is a folder, .*: copy to", overwrite=True)
 
     @pytest.mark.parametrize("name", ["below", "below/deep"])
     def test_a_file_of_a_folders_name(self, fake: FakeS3, tmp_path: Path, name: str) -> None:
         (tmp_path / "copy" / name).parent.mkdir(parents=True)
         (tmp_path / "copy" / name).touch()
 
-        self.refuse(fake, tmp_path / "copy", rf"{name} is no folder: remove it")
+        self.refuse(fake, tmp_path / "copy", rf"{name} is no folder: copy to")
 
     @pytest.mark.parametrize("name", ["below", "below/deep"])
     @pytest.mark.parametrize("there", [False, True])

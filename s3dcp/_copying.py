@@ -266,6 +266,7 @@ class _Copying:
         there = await self._look(room)
         claimed = there.claim
         named = await offload(self._named, there.commits)
+        below = nested_commits(named or ())
         decided = plan(
             self.manifest,
             there.sizes,
@@ -273,7 +274,7 @@ class _Copying:
             claimed=claimed == claim,
             same=there.same,
             named=named,
-            nested=await target.files(nested_commits(named)) if named else (),
+            nested=await target.files(below) if below else (),
         )
         resume = decided.trusted and claimed == claim
         if decided.missing or there.commits != self.manifest.commits:

@@ -41,8 +41,8 @@ class Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
         """Take note of so many more, of so many in all; something else starts anew."""
         if what != self._what:
             self._what = what
-            self.reset()
             self.set_description(what, refresh=False)
+            self.reset(total)
         self.total = total
         self.update(count)
 

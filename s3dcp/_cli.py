@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import click
@@ -199,7 +200,8 @@ def cp(
             format=format_name,
             overwrite=overwrite,
             verify=not no_verify,
-            progress=bar.advance,
+            progress=partial(bar.advance, what="copying"),
+            comparing=partial(bar.advance, what="comparing"),
             **store | {"s3client_config": config},
         )
     wall_s = time.monotonic() - began_s
@@ -219,7 +221,7 @@ def cp(
         f"{wall_s:.1f} s ({shown_size(report.copied_bytes / max(wall_s, 1e-9))}/s)"
     )
     click.echo(
-        f"{report.verified} items were compared with their checksums"
+        f"{report.verified} items were compared with checksums"
         + (f", {report.unverified} were not" if report.unverified else "")
     )
 

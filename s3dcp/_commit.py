@@ -19,6 +19,8 @@ whole from it on.
 
 from __future__ import annotations
 
+import re
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from enum import Enum, auto
@@ -34,6 +36,7 @@ from s3dcp._errors import (
 from s3dcp._store import Condition, matchable
 
 METADATA_NAME = ".metadata"
+_OF_ONE_SAVE = re.compile(r".*\d\.[0-9a-f]{16}\.distcp", re.DOTALL)  # as `data_name` makes them
 _REFUSES_CONDITIONS = frozenset({400, 501})
 
 
@@ -42,9 +45,19 @@ def metadata_name(rank: int | None = None) -> str:
     return METADATA_NAME if rank is None else f"__{rank}{METADATA_NAME}"
 
 
+def new_token() -> str:
+    """Return what tells the names of one save from those of all others."""
+    return uuid.uuid4().hex[:16]
+
+
 def data_name(prefix: str, number: int, token: str) -> str:
     """Return the name of a rank's `number`-th data object in the save that minted `token`."""
     return f"{prefix}{number}.{token}.distcp"
+
+
+def has_token(name: str) -> bool:
+    """Return whether a data object's name is of one save alone, and not that of others too."""
+    return _OF_ONE_SAVE.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,18 +153,29 @@ def deletions(replaced: Iterable[str], published: Iterable[str]) -> list[str]:
     return sorted(name for name in names if not name.endswith(METADATA_NAME))
 
 
-def folders_of(names: Iterable[str]) -> list[str]:
-    """Return every folder on the way to one of the names: "a" and "a/b" to "a/b/c"."""
-    found: set[str] = set()
+def nested_commits(names: Iterable[str]) -> list[str]:
+    """Return what other checkpoints' commits would be called in the folders on the way to names.
+
+    `a/.metadata` and `a/b/.metadata` for `a/b/c`.
+    """
+    folders: set[str] = set()
     for name in names:
         parts = name.split("/")[:-1]
-        found.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-    return sorted(found)
+        folders.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
+    return [f"{folder}/{METADATA_NAME}" for folder in sorted(folders)]
 
 
-def outside(names: Iterable[str], folders: Iterable[str]) -> list[str]:
-    """Return the names that do not lie below one of the folders."""
-    below = tuple(f"{folder}/" for folder in folders)
+def outside(names: Iterable[str], commits: Iterable[str]) -> list[str]:
+    """Return the names that may be deleted with a checkpoint that named them.
+
+    Not what lies below a folder with a commit of its own, which may name it too: metadata that
+    reaches into another checkpoint is forged, or points there.
+
+    Args:
+        names: What it named.
+        commits: Those of `nested_commits` that are there.
+    """
+    below = tuple(commit.removesuffix(METADATA_NAME) for commit in commits)
     return [name for name in names if not name.startswith(below)]
 
 

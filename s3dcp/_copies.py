@@ -15,10 +15,11 @@ be taken up where it ended because a claim says what it was a copy of:
 |                       |           | loadable until the commit, if no name is used by both; else  |
 |                       |           | it goes first, commits before data                           |
 
-That holds for DCP, whose files nobody else calls so, and whose commits are of one save each. Files
-of other formats are bare. Neither a claim nor a commit tells whose file has such a name by now, as
-others save, edit and download under the same names. Its bytes do: it stays if they are the same,
-and is another checkpoint's if not.
+That holds for files whose names are of one save alone, as those are that s3dcp's saves give to DCP.
+All others are bare: safetensors, and what torch's own writer calls `__0_0.distcp` in every save.
+Neither a claim nor a commit tells whose file has such a name by now, as others save, edit and
+download under the same names. Its bytes do: it stays if they are the same, and is another
+checkpoint's if not.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from s3dcp._checksums import combine
+from s3dcp._commit import outside
 from s3dcp._errors import CheckpointChangedError, CorruptMetadataError
 from s3dcp._formats import CLAIM_NAME, is_commit
 from s3dcp._keys import S3Uri
@@ -62,7 +64,7 @@ class Manifest:
         files: What the commits name, and what goes with it; an ETag stands for a version of the
             bytes.
         items: Those of each file, where any are known.
-        bare: The files of which others may be called the same.
+        bare: The files whose names others may use too.
     """
 
     commits: Mapping[str, bytes]
@@ -164,6 +166,7 @@ def plan(
     claimed: bool,
     same: Collection[str] = (),
     named: Iterable[str] | None = (),
+    nested: Iterable[str] = (),
 ) -> Plan:
     """Decide what to copy, and what goes.
 
@@ -174,6 +177,7 @@ def plan(
         claimed: Whether an earlier run began to copy just this.
         same: The bare files at the target that have the very bytes.
         named: What another checkpoint's commits at the target name; None if they cannot be read.
+        nested: The commits in folders below, whose checkpoints stay.
     """
     replaced = others(manifest, there, commits, same=same)
     replaces = bool(replaced)
@@ -191,7 +195,7 @@ def plan(
     stale = [name for name in missing if name in there]
     first = [name for name in manifest.last if name in stale]
     gone = set(named or ()) - manifest.files.keys() if replaces else ()
-    old = sorted(name for name in gone if not is_commit(name))
+    old = outside(sorted(name for name in gone if not is_commit(name)), nested)
     return Plan(
         missing=missing,
         uncommitted=(*commits, *first) if clash else (),
@@ -236,7 +240,7 @@ class Checks:
     """The CRCs of a file's items, put together from those of its bytes as they pass by.
 
     Args:
-        items: Those of the file, in order. Of those without a CRC nothing is checked.
+        items: Those of the file. Of those without a CRC nothing is checked.
     """
 
     def __init__(self, items: Iterable[Item]) -> None:

@@ -6,21 +6,25 @@ import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from s3dcp._budget import budget
 from s3dcp._cancellation import in_thread
+from s3dcp._commit import nested_commits
 from s3dcp._config import S3ClientConfig
 from s3dcp._copies import PARTIAL_SUFFIX, Manifest, others, plan
+from s3dcp._disk import typed
 from s3dcp._errors import (
     CheckpointChangedError,
     CheckpointExistsError,
     CommitConflictError,
     CorruptMetadataError,
+    DiskError,
     InvalidS3UriError,
     S3ConfigError,
 )
-from s3dcp._flow import Channel
+from s3dcp._flow import Channel, wait_all
 from s3dcp._formats import CLAIM_NAME, FORMATS, Format, FormatName, holds_data
 from s3dcp._inventory import folder_of, only
 from s3dcp._keys import parse_s3_uri, uri_text
@@ -35,7 +39,7 @@ from s3dcp._tally import Tally, Totals
 
 _log = logging.getLogger("s3dcp.copies")
 
-#: Told how many bytes more have been copied, and of how many in all; on the portal's thread.
+#: Told how many bytes more are done, and of how many in all; on the portal's thread.
 Progress = Callable[[int, int], None]
 
 
@@ -53,9 +57,9 @@ class CopyReport:
         copied_objects: How many of them were not there already.
         copied_bytes: Bytes that were moved: less than the size of these objects where one was
             there in part.
-        verified: How many items were compared with their checksums.
-        unverified: How many of those copied were not: they have none, the store copied them
-            itself, or it was not asked for.
+        verified: How many items were compared with checksums: their own, or the store's of the
+            whole file.
+        unverified: How many of those copied were not: there are none, or it was not asked for.
         totals: The requests.
     """
 
@@ -76,6 +80,7 @@ def copy(
     overwrite: bool = False,
     verify: bool = True,
     progress: Progress = _silent,
+    comparing: Progress = _silent,
     region: str | None = None,
     s3client_config: S3ClientConfig | None = None,
 ) -> CopyReport:
@@ -91,10 +96,13 @@ def copy(
     `*.json`, `*.txt`, `*.model`, `*.py`, `*.md`, `*.jinja` or `*.tiktoken`, as a model's
     configuration and its tokenizer are. Not so what is called otherwise, what lies in folders below
     it (the shards of which the files were made, in `sharded/`, are a checkpoint of their own), and
-    indices of other weights. Names of safetensors and such files do not tell which version they
-    are, whoever wrote them. So those at the target are compared, by size and CRC64NVME: the same
-    ones stay, also of a run that was cut off, and any other one is another checkpoint's. What is on
-    a disk, or in a store that keeps no CRC64NVME, is read for that.
+    indices of other weights.
+
+    Only DCP that s3dcp saved has names of its own in every save. Names of safetensors, of what lies
+    beside them, and of what torch's own writer saved (`__0_0.distcp`) do not tell which version
+    they are. So those at the target are compared, by size and CRC64NVME: the same ones stay, also
+    of a run that was cut off, and any other one is another checkpoint's. What is on a disk, or in a
+    store that keeps no CRC64NVME, is read for that.
 
     Let one process at a time copy to a place. On a disk another one is refused. In a bucket it is
     found out only before the commit, when objects that both call the same may be the other's.
@@ -105,10 +113,13 @@ def copy(
         format: Which checkpoint is meant, where there are both.
         overwrite: Whether another checkpoint that is there may be replaced. It stays loadable
             until the commit if both use different names, as s3dcp's saves do; else it goes first.
-        verify: Compare the checksums (CRC64NVME) of items that have one as they pass by. Within S3
-            they do not: the store copies by itself. Before that, the headers of safetensors files
-            are read: they must fit the files and the index.
+        verify: Compare the checksums (CRC64NVME) of items that have one as they pass by. Of files
+            with other items, and within S3, where nothing passes by, the store's checksum of the
+            whole file, if there is one: what was read with it, the copy's with it, or what was sent
+            with what arrived. Before that, the headers of safetensors files are read: they must fit
+            the files and the index.
         progress: Told, on another thread, how many bytes more are copied, and of how many in all.
+        comparing: The same of what has to be read before that, to compare what is there already.
         region: The buckets' region.
         s3client_config: Settings of the client.
 
@@ -119,10 +130,10 @@ def copy(
         CheckpointExistsError: another one is at the target, or another file of the same name.
         CheckpointChangedError: the source was changed meanwhile.
         CommitConflictError: another process copies to the same place.
-        IntegrityError: the source is damaged or incomplete.
+        IntegrityError: the source is damaged or incomplete, or the store's copy of it is.
         CorruptMetadataError, InvalidS3UriError: so are its commits or its files' headers, or they
             name what lies outside of the folder.
-        OSError: the disk refused something.
+        DiskError: the disk refused something, or something else is in the way of a file.
         S3Exception: as the store.
     """
     client = S3Client(region, s3client_config)
@@ -135,6 +146,7 @@ def copy(
         overwrite=overwrite,
         verify=verify,
         progress=progress,
+        comparing=comparing,
     )
     if isinstance(copying.source, Folder) and isinstance(copying.target, Folder):
         raise S3ConfigError(f"One of {source} and {target} must be an s3:// URI")
@@ -147,7 +159,7 @@ def copy(
         part_bytes=config.part_size,
         connections=channel.slots.count,
     )
-    with budget().share(limit_bytes) as share:
+    with typed(), budget().share(limit_bytes) as share:
         share.take(room.memory_bytes)  # not all, so that saves and loads can go on
         portal.call(copying.prepare, room)
         with copying.target.alone():
@@ -163,6 +175,7 @@ async def acopy(
     overwrite: bool = False,
     verify: bool = True,
     progress: Progress = _silent,
+    comparing: Progress = _silent,
     region: str | None = None,
     s3client_config: S3ClientConfig | None = None,
 ) -> CopyReport:
@@ -180,6 +193,7 @@ async def acopy(
         overwrite=overwrite,
         verify=verify,
         progress=progress,
+        comparing=comparing,
         region=region,
         s3client_config=s3client_config,
     )
@@ -221,12 +235,14 @@ class _Copying:
     overwrite: bool
     verify: bool
     progress: Progress
+    comparing: Progress
     manifest: Manifest = field(init=False)
     _format: Format = field(init=False)
     _from: tuple[ObjectInfo, ...] = field(init=False)
     _compared: dict[ObjectInfo, bool] = field(default_factory=dict)
     _copied: tuple[ObjectInfo, ...] = ()
     _resumed_bytes: int = 0
+    _vouched: set[str] = field(default_factory=set)
 
     async def prepare(self, room: Room) -> None:
         """Find out what is to be copied, and refuse it before anything is changed."""
@@ -237,22 +253,28 @@ class _Copying:
         self.manifest = await manifest_of(
             self.source, self._format, self._from, look_into=self.verify
         )
-        for name in self.manifest.files:
-            self.target.check(name)
+        await offload(self._check_names)
         await self._look(room)
+
+    def _check_names(self) -> None:
+        for name in (*self.manifest.files, *self.manifest.commits):
+            self.target.check(name)
 
     async def run(self, room: Room) -> None:
         """Copy it; nobody else copies to the same place meanwhile, on this machine."""
         claim, target = self.manifest.claim, self.target
         there = await self._look(room)
         claimed = there.claim
+        named = await offload(self._named, there.commits)
+        below = nested_commits(named or ())
         decided = plan(
             self.manifest,
             there.sizes,
             there.commits,
             claimed=claimed == claim,
             same=there.same,
-            named=await offload(self._named, there.commits),
+            named=named,
+            nested=await target.files(below) if below else (),
         )
         resume = decided.trusted and claimed == claim
         if decided.missing or there.commits != self.manifest.commits:
@@ -273,21 +295,20 @@ class _Copying:
 
     def report(self, totals: Totals) -> CopyReport:
         """Return what was done."""
-        items = [
-            item
+        passed_by = self.verify and not self._is_within_s3
+        compared = [
+            (passed_by and item.crc is not None) or (self.verify and info.key in self._vouched)
             for info in self._copied
             for item in self.manifest.items.get(info.key, ())
             if item.end > item.start
         ]
-        compared = self.verify and not self._is_within_s3
-        verified = sum(item.crc is not None for item in items) if compared else 0
         return CopyReport(
             objects=len(self.manifest.files),
             size_bytes=self.manifest.size_bytes,
             copied_objects=len(self._copied),
             copied_bytes=sum(info.size_bytes for info in self._copied) - self._resumed_bytes,
-            verified=verified,
-            unverified=len(items) - verified,
+            verified=sum(compared),
+            unverified=len(compared) - sum(compared),
             totals=totals,
         )
 
@@ -326,7 +347,7 @@ class _Copying:
         """Return which files at the target have the bytes of the source's."""
         unknown = [info for info in files if info not in self._compared]
         pairs = [(self.manifest.files[info.key], info) for info in unknown]
-        found = await same_files(self.source, self.target, pairs, room)
+        found = await same_files(self.source, self.target, pairs, room, self.comparing)
         self._compared |= {info: info.key in found for info in unknown}
         return {info.key for info in files if self._compared[info]}
 
@@ -335,7 +356,7 @@ class _Copying:
         described = {name: body for name, body in commits.items() if not holds_data(name)}
         try:
             return names_of(self.target, self._format, described)
-        except (CorruptMetadataError, InvalidS3UriError) as exc:
+        except (CorruptMetadataError, DiskError, InvalidS3UriError) as exc:
             _log.warning("objects of the checkpoint that is replaced are left in place: %s", exc)
             return None
 
@@ -348,6 +369,8 @@ class _Copying:
         cargo = Cargo(
             files=[info for info in self._copied if info.key not in manifest.last],
             items=manifest.items if self.verify else {},
+            sums=await self._sums() if self.verify else {},
+            vouched=self._vouched,
             resume=resume,
             advance=lambda count: self.progress(count, total),
         )
@@ -355,6 +378,20 @@ class _Copying:
         await self._check_unchanged()
         last = [info for info in self._copied if info.key in manifest.last]
         await self._carry(replace(cargo, files=last), room)
+
+    async def _sums(self) -> dict[str, int]:
+        """Return what the store has of files whose items' own checksums are not enough."""
+        items = self.manifest.items
+        files = [
+            info
+            for info in self._copied
+            if self._is_within_s3
+            or info.key not in items
+            or any(item.crc is None for item in items[info.key])
+        ]
+        crcs = await wait_all([partial(self.source.crc, info) for info in files])
+        found = zip(files, crcs, strict=True)
+        return {info.key: crc for info, crc in found if crc is not None}
 
     async def _carry(self, cargo: Cargo, room: Room) -> None:
         if not cargo.files:

@@ -12,23 +12,58 @@ from pathlib import Path
 from typing import BinaryIO
 
 from s3dcp._copies import PARTIAL_SUFFIX
-from s3dcp._errors import CommitConflictError
+from s3dcp._errors import CommitConflictError, DiskError, S3Exception
 
 if sys.platform != "win32":
     import fcntl
 
 
+_NEXT_STEPS = {
+    "make room, and copy again: it goes on where it ended": {errno.ENOSPC, errno.EDQUOT},
+    "let this user do that, and copy again": {errno.EACCES, errno.EPERM, errno.EROFS},
+    "something else is in the way: copy to another folder, or remove it": {
+        *(errno.EEXIST, errno.EISDIR, errno.ELOOP, errno.ENOTDIR)
+    },
+}
+
+
+def refused(exc: OSError) -> DiskError:
+    """Return the error for what a disk refused: which file, why, and what to do."""
+    steps = (step for step, numbers in _NEXT_STEPS.items() if exc.errno in numbers)
+    step = next(steps, "look at the disk, and copy again")
+    what = f"{exc.filename}: {exc.strerror}" if exc.filename is not None else str(exc)
+    return DiskError(f"{what}: {step}")
+
+
+@contextmanager
+def typed() -> Iterator[None]:
+    """Raise a disk's errors as ours.
+
+    Raises:
+        DiskError: it refused something.
+    """
+    try:
+        yield
+    except S3Exception:  # some of which are OSErrors too
+        raise
+    except OSError as exc:
+        raise refused(exc) from exc
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Have what the disk refuses say of which file, and what to do."""
+    """Have what the disk refuses say of which file."""
     try:
         yield
     except OSError as exc:
         if exc.filename is None:
             exc.filename = str(path)
-        if exc.errno in {errno.ENOSPC, errno.EDQUOT}:
-            exc.strerror = f"{exc.strerror}: make room, and the same copy goes on"
         raise
+
+
+def own(path: str, flags: int) -> int:
+    """Open a file that only copies write: never a link, which may lead elsewhere. An opener."""
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def partial_of(path: Path) -> Path:

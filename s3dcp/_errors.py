@@ -25,6 +25,7 @@ S3Exception
 │   ├── CorruptMetadataError              `.metadata`, an index or a header: truncated or hostile
 │   ├── IntegrityError                    stored bytes differ from those that were saved
 │   └── UnsafeItemError                   an item's pickle names what `weights_only=True` refuses
+├── DiskError (OSError)                   a folder on a disk: full, not ours, or in the way
 └── PortalError (RuntimeError)            the I/O thread refused or lost a call
 
 All of them pickle: DCP carries errors between ranks. Requests are mapped once, in `_client`,
@@ -188,6 +189,10 @@ class IntegrityError(CheckpointError):
 
 class UnsafeItemError(CheckpointError):
     """An item that is no tensor, whose pickle names more than `weights_only=True` admits."""
+
+
+class DiskError(S3Exception, OSError):
+    """A disk refused what a copy needs; what it said itself, if anything, is the cause."""
 
 
 class PortalError(S3Exception, RuntimeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
+from s3dcp._commit import has_token
 from s3dcp._copies import Item, Manifest, forged, is_reserved, items_of
 from s3dcp._errors import IntegrityError
 from s3dcp._flow import wait_all
@@ -44,7 +45,12 @@ async def manifest_of(
         files = await place.files(items)
         ends = {name: max(item.end for item in found) for name, found in items.items()}
         _refuse_incomplete(place, commits, ends, files)
-        return Manifest(commits=bodies, files={name: files[name] for name in items}, items=items)
+        return Manifest(
+            commits=bodies,
+            files={name: files[name] for name in items},
+            items=items,
+            bare={name for name in items if not has_token(name)},
+        )
     indices = await offload(_indices, place, bodies)
     single = {info.key for info in commits if holds_data(info.key)}
     named = single.union(*(index.files for index in indices))
@@ -73,6 +79,7 @@ def names_of(place: Place, format_: Format, commits: Mapping[str, bytes]) -> set
     Raises:
         CorruptMetadataError: a commit cannot be read, or is forged.
         InvalidS3UriError: a name leads out of the folder.
+        DiskError: so does a link in it, or it leads to a folder.
     """
     if format_ is DCP:
         names = set(items_of(commits, f"{place}/"))

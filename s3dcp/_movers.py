@@ -12,6 +12,7 @@ far it had come, and the copy goes on from there.
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, aclosing
@@ -22,7 +23,7 @@ from typing import Generic, TypeVar
 from s3dcp._checksums import combine, crcs_of
 from s3dcp._config import MiB
 from s3dcp._copies import Checks, Item, changed
-from s3dcp._disk import fill, naming, partial_of
+from s3dcp._disk import fill, naming, own, partial_of
 from s3dcp._downloads import Downloads
 from s3dcp._errors import ObjectNotFoundError, PreconditionFailedError
 from s3dcp._flow import wait_all
@@ -47,18 +48,24 @@ class Cargo:
     Attributes:
         files: Those that are missing at the target.
         items: Whose CRCs are compared, by file.
+        sums: The CRC64NVME of whole files, as their store has it, of those that are compared.
+        vouched: Gets the files of which a store's checksum was compared with what was copied.
         resume: Whether files that are there in part are parts of these.
         advance: Told how many bytes more are at the target.
     """
 
     files: Sequence[ObjectInfo]
     items: Mapping[str, Sequence[Item]]
+    sums: Mapping[str, int]
+    vouched: set[str]
     resume: bool
     advance: Callable[[int], None]
 
     def checks(self, info: ObjectInfo) -> Checks:
-        """Return what compares the CRCs of a file's items."""
-        return Checks(self.items.get(info.key, ()))
+        """Return what compares the CRCs of a file's items, and of all of it."""
+        crc = self.sums.get(info.key)
+        whole = Item(name=info.key, start=0, end=info.size_bytes, crc=crc)
+        return Checks([*self.items.get(info.key, ()), whole])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,6 +152,7 @@ async def download(source: Bucket, target: Folder, cargo: Cargo, room: Room) -> 
     finally:
         for file in opened:
             file.close()
+    cargo.vouched.update(info.key for info in cargo.files if info.key in cargo.sums)
     return resumed_bytes
 
 
@@ -187,7 +195,7 @@ class _Incoming:
     def begin(self, resume: bool) -> int:
         """Open it; return how many bytes are there: none, unless it goes on where it ended."""
         self._partial.parent.mkdir(parents=True, exist_ok=True)
-        self._file = self._opened.enter_context(self._partial.open("a+b", buffering=0))
+        self._file = self._opened.enter_context(io.FileIO(str(self._partial), "a+", opener=own))
         size_bytes = os.fstat(self._file.fileno()).st_size
         if resume and size_bytes <= self.size_bytes and self._is_sound(size_bytes):
             return size_bytes
@@ -236,10 +244,11 @@ async def to_its_end(function: Callable[..., T], *args: object) -> T:
 
 
 async def copy_within(source: Bucket, target: Bucket, cargo: Cargo) -> None:
-    """Copy inside the store, which compares no items' CRCs.
+    """Copy inside the store, and compare what it says of both objects: no bytes pass by.
 
     Raises:
         CheckpointChangedError: an object was replaced or deleted meanwhile.
+        IntegrityError: the store's copy is not what it was made of.
         S3Exception: as the store.
     """
 
@@ -249,15 +258,33 @@ async def copy_within(source: Bucket, target: Bucket, cargo: Cargo) -> None:
             await copy(target.channel, uri, target.uri(info.key), if_match=info.etag)
         except (ObjectNotFoundError, PreconditionFailedError) as exc:
             raise changed(uri) from exc
+        if info.key in cargo.sums:
+            crc = (await target.head(info.key)).crc
+            if crc is not None:
+                if crc != cargo.sums[info.key]:
+                    await target.remove([info.key])  # another run would take it for whole
+                    raise damaged(info.key, target.uri(info.key), 0, info.size_bytes)
+                cargo.vouched.add(info.key)
         cargo.advance(info.size_bytes)
 
     await wait_all([partial(one, info) for info in cargo.files])
 
 
 async def same_files(
-    source: Place, target: Place, pairs: Iterable[tuple[ObjectInfo, ObjectInfo]], room: Room
+    source: Place,
+    target: Place,
+    pairs: Iterable[tuple[ObjectInfo, ObjectInfo]],
+    room: Room,
+    progress: Callable[[int, int], None],
 ) -> set[str]:
     """Return the names of the files that are the same at two places, by their size and CRC64NVME.
+
+    Args:
+        source: The one place.
+        target: The other one.
+        pairs: What is there and here under the same names.
+        room: What may be used.
+        progress: Told how many bytes more were read, and of how many in all.
 
     Raises:
         CheckpointChangedError: one was replaced or deleted meanwhile.
@@ -276,6 +303,7 @@ async def same_files(
             await place.fetch(info, start, view)
             [crc] = await offload(crcs_of, [view])
             sums[number].append((start, crc, view.nbytes))
+            progress(view.nbytes, total)
 
     async def pieces() -> AsyncGenerator[tuple[int, int, int]]:
         for number, (_, info) in enumerate(files):
@@ -287,7 +315,8 @@ async def same_files(
     for (_, info), crc, found in zip(files, known, sums, strict=True):
         if crc is not None:
             found.append((0, crc, info.size_bytes))
-    if files:
+    read = [info for (_, info), crc in zip(files, known, strict=True) if crc is None]
+    if total := sum(info.size_bytes for info in read):
         async with aclosing(pieces()) as generator:
             queue = Queue(generator)
             await wait_all([partial(work, queue)] * room.buffers(READ_BYTES))

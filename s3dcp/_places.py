@@ -14,13 +14,9 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from s3dcp._copies import PARTIAL_SUFFIX, changed
-from s3dcp._disk import fill, lock, naming, partial_of, publish_file, sync_folder, version_of
+from s3dcp._disk import fill, lock, naming, own, partial_of, publish_file, sync_folder, version_of
 from s3dcp._downloads import Downloads
-from s3dcp._errors import (
-    InvalidS3UriError,
-    ObjectNotFoundError,
-    S3ServiceError,
-)
+from s3dcp._errors import DiskError, InvalidS3UriError, ObjectNotFoundError, S3ServiceError
 from s3dcp._flow import Channel, wait_all
 from s3dcp._formats import CLAIM_NAME, Format
 from s3dcp._inventory import commits_by_folder, place_of
@@ -41,10 +37,11 @@ class Place(Protocol):
         """Where it is."""
 
     def check(self, name: str) -> None:
-        """Refuse a name that leads outside of the folder, or that nothing in it can have.
+        """Refuse a name under which nothing in the folder can be written. On a worker thread.
 
         Raises:
-            InvalidS3UriError: it does.
+            InvalidS3UriError: it leads outside of the folder, or no file can be called so.
+            DiskError: something else is in its way.
         """
 
     async def commits(self, format_: Format) -> tuple[ObjectInfo, ...]:
@@ -150,13 +147,21 @@ class Bucket:
             raise changed(uri) from exc
 
     async def crc(self, info: ObjectInfo) -> int | None:
-        uri = self.uri(info.key)
+        found = await self.head(info.key)
+        return found.crc if found.etag == info.etag else None
+
+    async def head(self, name: str) -> ObjectInfo:
+        """Return what the store says of an object now, its CRC64NVME too.
+
+        Raises:
+            CheckpointChangedError: it is gone.
+        """
+        uri = self.uri(name)
         head = partial(self.channel.store.head, uri, with_crc=True)
         try:
-            found = await self.channel.request("HeadObject", uri, head)
+            return await self.channel.request("HeadObject", uri, head)
         except ObjectNotFoundError as exc:
             raise changed(uri) from exc
-        return found.crc if found.etag == info.etag else None
 
     async def remove(self, names: Iterable[str]) -> None:
         await wait_all([partial(delete, self.channel, self.uri(name)) for name in names])
@@ -229,7 +234,20 @@ class Folder:
         return self.path.joinpath(*parts)
 
     def check(self, name: str) -> None:
-        self.file(name)
+        path = self.file(name)
+        for folder in path.parents[: name.count("/")]:
+            if folder.is_symlink():
+                raise DiskError(
+                    f"{folder} is a link, and a copy neither writes nor removes what lies outside "
+                    "of its folder: copy to another folder, or remove the link"
+                )
+            if folder.exists() and not folder.is_dir():
+                raise DiskError(f"{folder} is no folder: copy to another folder, or remove it")
+        if path.is_dir():
+            raise DiskError(
+                f"{path} is a folder, and the checkpoint has a file of this name: copy to "
+                "another folder, or remove it"
+            )
 
     async def commits(self, format_: Format) -> tuple[ObjectInfo, ...]:
         names = await offload(self._names, format_.is_commit)
@@ -306,7 +324,7 @@ class Folder:
     def alone(self) -> Iterator[None]:
         self.path.mkdir(parents=True, exist_ok=True)
         path = self.path / CLAIM_NAME
-        with path.open("ab") as claim:
+        with open(path, "ab", opener=own) as claim:
             lock(claim, self.path)
             try:
                 yield
@@ -321,8 +339,8 @@ class Folder:
 
     def _claim(self, body: bytes) -> None:
         path = self.path / CLAIM_NAME
-        with naming(path):
-            path.write_bytes(body)
+        with naming(path), open(path, "wb", opener=own) as claim:
+            claim.write(body)
 
     async def commit(self, name: str, body: bytes, *, overwrite: bool) -> None:  # noqa: ARG002
         await offload(self._commit, name, body)
@@ -330,7 +348,7 @@ class Folder:
     def _commit(self, name: str, body: bytes) -> None:
         self._sync_folders()  # so that the names of all files are on the disk before this one's
         path = partial_of(self.file(name))
-        with naming(path), path.open("wb") as file:
+        with naming(path), open(path, "wb", opener=own) as file:
             file.write(body)
             publish_file(file, self.file(name))
         self._changed(self.file(name))

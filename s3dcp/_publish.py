@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from s3dcp._commit import (
-    METADATA_NAME,
     Attempts,
     Found,
     Step,
     after_failure,
-    folders_of,
+    nested_commits,
     next_step,
     outside,
 )
@@ -217,22 +216,21 @@ async def delete_quietly(channel: Channel, uris: Sequence[S3Uri]) -> None:
 async def delete_replaced(channel: Channel, base: S3Uri, objects: Mapping[str, S3Uri]) -> None:
     """Delete what only a replaced checkpoint named, as `delete_quietly` does.
 
-    But not what lies below a folder with a commit of its own, which may name it too: metadata that
-    reaches into another checkpoint is forged, or points there.
+    But not what lies below another one, as `outside` has it.
 
     Args:
         channel: The client's.
         base: The checkpoint's place.
         objects: What may be deleted, by its name below that.
     """
-    folders = folders_of(objects)
-    commits = [S3Uri(base.bucket, join(base.key, f"{each}/{METADATA_NAME}")) for each in folders]
+    commits = nested_commits(objects)
+    uris = [S3Uri(base.bucket, join(base.key, commit)) for commit in commits]
     try:
-        there = await wait_all([partial(exists, channel, commit) for commit in commits])
+        there = await wait_all([partial(exists, channel, uri) for uri in uris])
     except S3Exception as exc:
         _log.warning("objects of the checkpoint that was replaced are left in place: %s", exc)
         return
-    nested = [folder for folder, found in zip(folders, there, strict=True) if found]
+    nested = [commit for commit, found in zip(commits, there, strict=True) if found]
     await delete_quietly(channel, [objects[name] for name in outside(objects, nested)])
 
 

@@ -89,6 +89,7 @@ async def upload(source: Folder, target: Bucket, cargo: Cargo, room: Room) -> in
     except BaseException as exc:
         await _leave([file.upload for file in files if file.is_open], target, exc)
         raise
+    cargo.vouched.update(file.info.key for file in files if file.upload.vouched)
     return resumed_bytes
 
 

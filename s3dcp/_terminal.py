@@ -26,6 +26,7 @@ class Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
     def __init__(self, unit: str = "B") -> None:  # bytes, unless it says otherwise
         super().__init__(unit=unit, unit_scale=True, unit_divisor=1024, disable=None, leave=False)
         self._logging = ExitStack()
+        self._what = ""
 
     def __enter__(self) -> Self:
         if not self.disable:  # what is logged meanwhile gets lines of its own, above it
@@ -36,8 +37,12 @@ class Bar(tqdm):  # type: ignore[type-arg]  # generic in its stubs alone
         self.close()
         self._logging.close()
 
-    def advance(self, count: int, total: int) -> None:
-        """Take note of so many more, of so many in all."""
+    def advance(self, count: int, total: int, what: str = "") -> None:
+        """Take note of so many more, of so many in all; something else starts anew."""
+        if what != self._what:
+            self._what = what
+            self.set_description(what, refresh=False)
+            self.reset(total)
         self.total = total
         self.update(count)
 

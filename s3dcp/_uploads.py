@@ -61,6 +61,8 @@ class Upload:
         self._closed = False
         #: Whether there may be an object under the key.
         self.touched = False
+        #: Whether the store compared all that it holds with the checksums that came along.
+        self.vouched = False
 
     @property
     def has_parts(self) -> bool:
@@ -90,6 +92,7 @@ class Upload:
         size = sum(view.nbytes for view in body)
         receipt = await self._channel.request("PutObject", self.uri, put, size_bytes=size)
         heed(receipt, self._channel.store, self.uri, checksum)
+        self.vouched = checksum is not None and receipt.checksum_echoed
         self._closed = True
         return crcs
 
@@ -217,6 +220,7 @@ class Upload:
                 raise
             if (await self._channel.request("HeadObject", self.uri, head)).size_bytes != size:
                 raise
+        self.vouched = checksum is not None
         self._closed = True
 
     async def abort(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import uuid
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.futures import Future
 
 from s3dcp._calls import Call
 from s3dcp._collector import dismantle
-from s3dcp._commit import Found, data_name, deletions, metadata_name
+from s3dcp._commit import Found, data_name, deletions, metadata_name, new_token
 from s3dcp._config import S3ClientConfig, check_callable, check_thread_count
 from s3dcp._errors import (
     CorruptMetadataError,
@@ -212,7 +211,7 @@ class S3StorageWriter(FileSystemWriter):
         base = parse_s3_uri(self.path)
         # Minted here for every save: with plan caching the plan, and with it all else that could
         # tell saves apart, may be an earlier save's.
-        token = uuid.uuid4().hex[:16]
+        token = new_token()
         files: list[tuple[S3Uri, str, list[WriteItem]]] = []
         for number, items in enumerate(self._buckets(plan)):
             name = data_name(plan.storage_data.prefix, number, token)

@@ -512,6 +512,21 @@ def test_serve_listens_where_it_is_told_to(fake: FakeS3) -> None:
     assert "cannot listen" in error
 
 
+def test_a_bar_of_one_thing_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    with terminal() as (ours, theirs), open(theirs, "w", closefd=False) as err:
+        monkeypatch.setattr(sys, "stderr", err)
+        with Bar() as bar:
+            bar.advance(10, 10, "comparing")
+            bar.refresh()
+            bar.advance(1, 4, "copying")
+            bar.refresh()
+            assert (bar.n, bar.total) == (1, 4)
+        shown = os.read(ours, 1 << 16).decode()
+
+    assert "comparing: 100%|" in shown
+    assert "copying:  25%|" in shown.partition("comparing: 100%|")[2]
+
+
 def test_what_is_logged_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     with terminal() as (ours, theirs), open(theirs, "w", closefd=False) as err:
         monkeypatch.setattr(sys, "stderr", err)
@@ -544,7 +559,7 @@ class TestCp:
         first, copied, compared = down.stdout.splitlines()
         assert first.startswith(f"{tmp_path}/copy is a copy of {RUN}/step-1: 1 objects (")
         assert re.fullmatch(r"1 objects were copied: .* KiB in .* s \(.*/s\)", copied)
-        assert compared == "2 items were compared with their checksums"
+        assert compared == "2 items were compared with checksums"
         assert f"{RUN}/step-2 is a copy of {tmp_path}/copy already: " in again.stdout
         assert run("verify", f"{RUN}/step-2").exit_code == 0
 
@@ -575,7 +590,10 @@ class TestCp:
 
         assert (result.exit_code, result.stdout) == (2, "")
         [line] = result.stderr.splitlines()
-        assert line.startswith("Error: [Errno 20] Not a directory: ")
+        assert line == (
+            f"Error: {tmp_path}/file/folder: Not a directory: something else is in the way: copy "
+            "to another folder, or remove it"
+        )
 
     def test_ctrl_c_and_on_it_goes(self, fake: FakeS3, tmp_path: Path) -> None:
         """In a terminal: a bar, Ctrl-C from the keyboard, and the same command again."""

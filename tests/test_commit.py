@@ -15,8 +15,10 @@ from s3dcp._commit import (
     after_failure,
     data_name,
     deletions,
-    folders_of,
+    has_token,
     metadata_name,
+    nested_commits,
+    new_token,
     next_step,
     outside,
 )
@@ -41,6 +43,7 @@ from tests._stores import MemoryStore, channel_of
 
 OURS, OLD, OTHER = b"ours", b"old", b"other"
 URI = S3Uri("bucket", "run/.metadata")
+TOKEN = "0123456789abcdef"
 ANEW = Attempts(body=OURS, overwrite=True)
 KEEP = Attempts(body=OURS, overwrite=False)
 BLIND = replace(ANEW, conditional=False)
@@ -103,6 +106,35 @@ def test_names() -> None:
     assert metadata_name(3) == "__3.metadata"
     assert data_name("abc/__0_", 2, "f00") == "abc/__0_2.f00.distcp"
     assert deletions(["a", "b", "b"], ["b", "c"]) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "has"),
+    [
+        (data_name("__0_", 0, TOKEN), True),
+        (data_name("abc/epoch_3/__12_", 345, TOKEN), True),
+        (data_name("any prefix at all.", 0, TOKEN), True),
+        ("__0_0.distcp", False),  # torch's, and the reference library's
+        ("0001/epoch_3/__0_0.distcp", False),
+        (f"{TOKEN}/__0_0.distcp", False),
+        (f"__0_0.{TOKEN[1:]}.distcp", False),
+        (f"__0_0.{TOKEN}0.distcp", False),
+        (f"__0_0.{TOKEN.upper()}.distcp", False),
+        (f"__0_0.{TOKEN}.distcp.bak", False),
+        (f"__0_0.{TOKEN}.safetensors", False),
+        (f"__0_.{TOKEN}.distcp", False),
+        (f".{TOKEN}.distcp", False),
+        ("model-00001-of-00002.safetensors", False),
+        ("", False),
+    ],
+)
+def test_names_of_one_save_alone(name: str, has: bool) -> None:
+    assert has_token(name) is has
+
+
+def test_every_save_mints_one() -> None:
+    assert has_token(data_name("__0_", 0, new_token()))
+    assert new_token() != new_token()
 
 
 def run(store: MemoryStore, *, overwrite: bool = True) -> Found | None:
@@ -347,8 +379,8 @@ def test_no_commit_is_ever_deleted() -> None:
     assert deletions(["a", ".metadata", "b/.metadata", "__1.metadata"], []) == ["a"]
 
 
-def test_folders() -> None:
+def test_what_lies_below_another_checkpoint_is_spared() -> None:
     names = ["a", "b/c", "b/d/e", "b//f", "g/h"]
-    assert folders_of(names) == ["b", "b/", "b/d", "g"]
-    assert outside(names, ["b/d", "g"]) == ["a", "b/c", "b//f"]
+    assert nested_commits(names) == [f"{each}/.metadata" for each in ("b", "b/", "b/d", "g")]
+    assert outside(names, ["b/d/.metadata", "g/.metadata"]) == ["a", "b/c", "b//f"]
     assert outside(names, []) == names

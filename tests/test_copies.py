@@ -92,6 +92,15 @@ class TestPlan:
         assert found.removed_last == ()
         assert not found.trusted
 
+    @pytest.mark.parametrize("clash", [False, True])
+    def test_what_lies_below_a_commit_of_its_own_stays(self, clash: bool) -> None:
+        named = {"x", "below/x", "below/deep/x", "belowx", *("a" if clash else "")}
+
+        found = plan(manifest(), {}, OTHER, claimed=False, named=named, nested=["below/.metadata"])
+
+        assert (found.uncommitted == ()) is not clash
+        assert (found.removed_first if clash else found.removed_last) == ("belowx", "x")
+
     @pytest.mark.parametrize(
         ("commits", "same", "replaced"),
         [

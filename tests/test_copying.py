@@ -23,14 +23,18 @@ from s3dcp import (
     CommitConflictError,
     CopyReport,
     CorruptMetadataError,
+    DiskError,
     IntegrityError,
     InvalidS3UriError,
     ObjectNotFoundError,
     S3ClientConfig,
     S3ConfigError,
     S3Exception,
+    _movers,
+    _places,
     copy,
 )
+from s3dcp._disk import own
 from s3dcp.testing import Call, FakeS3, Fault, FlipByte, Record, Refuse, Stall
 from tests._catalogs import metadata_of, put_checkpoint, put_data
 from tests._fakes import BUCKET
@@ -121,7 +125,7 @@ class TestWhole:
         report = copy(str(tmp_path), COPY)
 
         assert_on_s3(fake, COPY, saved)
-        assert (report.verified, report.unverified) == ((0, 9) if stock else (9, 0))
+        assert (report.verified, report.unverified) == (9, 0)
 
     def test_within_s3(self, fake: FakeS3) -> None:
         saved = save()
@@ -130,7 +134,7 @@ class TestWhole:
         report = copy(RUN, COPY)
 
         assert_on_s3(fake, COPY, saved)
-        assert report.unverified == 9
+        assert (report.verified, report.unverified) == (9, 0)
         assert fake.stats()["CopyObject"] == 2
 
     def test_a_prefix_of_each_rank_is_a_folder(self, fake: FakeS3, tmp_path: Path) -> None:
@@ -179,6 +183,28 @@ class TestWhole:
 
         assert copy(RUN, tmp_path).copied_objects == 1
         assert_on_disk(tmp_path, saved)
+
+    def test_what_has_to_be_read_to_compare_is_told(self, fake: FakeS3, tmp_path: Path) -> None:
+        """Here, what is on the disk: the store knows its own checksums."""
+        save_stock(tmp_path)
+        copied: list[tuple[int, int]] = []
+        told: list[tuple[int, int]] = []
+
+        report, again = (
+            copy(
+                tmp_path,
+                COPY,
+                progress=lambda *step: copied.append(step),
+                comparing=lambda *step: told.append(step),
+            )
+            for _ in range(2)
+        )
+
+        assert again.copied_objects == 0
+        assert sum(count for count, _ in copied) == report.size_bytes
+        assert sum(count for count, _ in told) == report.size_bytes
+        assert {total for _, total in told} == {report.size_bytes}
+        assert max(count for count, _ in told) <= 8 * MiB
 
     def test_an_empty_object(self, fake: FakeS3, tmp_path: Path) -> None:
         fake.write(BUCKET, "run/__0_0.distcp", b"")
@@ -296,10 +322,10 @@ class TestCutOff:
             for name, size in sizes.items():
                 fake.write(BUCKET, f"run/{run}/{name}", run.encode() * size)
         fake.inject(Refuse("AccessDenied"), operation="GetObject", key="run/1/b", skip=1)
-        fake.inject(Refuse("AccessDenied"), operation="GetObject", key="run/2/a")
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key="run/2/a", skip=1)
         for run in "12":
             with pytest.raises(S3Exception):
-                copy(f"{RUN}/{run}", tmp_path, s3client_config=ONE)
+                copy(f"{RUN}/{run}", tmp_path, overwrite=True, s3client_config=ONE)
 
         copy(f"{RUN}/2", tmp_path, s3client_config=ONE)
 
@@ -354,13 +380,44 @@ class TestCutOff:
         with pytest.raises(S3Exception):
             copy(sources[0], target, s3client_config=ONE)
 
-        report = copy(sources[1], target)
+        report = copy(sources[1], target, overwrite=up)  # where a whole file is there by now
 
         assert report.copied_bytes == report.size_bytes
         if up:
             assert_on_s3(fake, COPY, saved)
         else:
             assert_on_disk(tmp_path / "copy", saved)
+
+    @pytest.mark.parametrize("up", [False, True], ids=["to a disk", "to s3"])
+    def test_what_a_save_of_others_has_left_meanwhile_is_not_believed(
+        self, fake: FakeS3, tmp_path: Path, up: bool
+    ) -> None:
+        """Cut off too, it has no commit; its file has the copy's name and size."""
+        sizes = {"__0_0.distcp": 1 * MiB, "__1_0.distcp": 1 * MiB}
+        for name, size in sizes.items():
+            fake.write(BUCKET, f"run/{name}", b"1" * size)
+        fake.write(BUCKET, "run/.metadata", metadata_of(sizes))
+        source, target = (str(tmp_path / "run"), COPY) if up else (RUN, str(tmp_path / "copy"))
+        if up:
+            copy(RUN, source)
+        fake.inject(Refuse("AccessDenied"), operation="PutObject", key="copy/__1_0.distcp")
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key="run/__1_0.distcp")
+        with pytest.raises(S3Exception):
+            copy(source, target, s3client_config=ONE)
+        saved = b"2" * MiB
+        if up:
+            fake.write(BUCKET, "copy/__0_0.distcp", saved)
+        else:
+            (tmp_path / "copy/__0_0.distcp").write_bytes(saved)
+
+        with pytest.raises(CheckpointExistsError, match=r"its __0_0\.distcp is another"):
+            copy(source, target)
+        assert copy(source, target, overwrite=True).copied_objects == 2
+
+        if up:
+            copy(target, tmp_path / "copy")
+        found = [path.read_bytes() for path in (tmp_path / "copy").glob("*.distcp")]
+        assert found == [b"1" * MiB] * 2
 
     def test_killed(self, fake: FakeS3, tmp_path: Path) -> None:
         """On its way down; `test_resumed_uploads` has the other way."""
@@ -446,6 +503,32 @@ class TestAnotherCheckpoint:
         copy(tmp_path / "second", COPY)
         assert_on_s3(fake, COPY, saved)
 
+    @pytest.mark.parametrize("up", [False, True], ids=["on a disk", "on s3"])
+    def test_one_below_it_stays(self, fake: FakeS3, tmp_path: Path, up: bool) -> None:
+        """Even if the `.metadata` that is replaced names its files."""
+        saved, other = save(RUN, seed=1), save(f"{COPY}/other", seed=2)
+        below = [key.removeprefix("copy/") for key in fake.keys(BUCKET, "copy/other/__")]
+        put_data(fake, "copy/", "old/x.distcp")
+        named = {"old/x.distcp": 10, **dict.fromkeys(below, 10)}
+        fake.write(BUCKET, "copy/.metadata", metadata_of(named))
+        target = tmp_path / "copy"
+        for key in [] if up else fake.keys(BUCKET, "copy/"):
+            (tmp_path / key).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / key).write_bytes(fake.read(BUCKET, key))
+        if up:
+            copy(RUN, tmp_path / "run")
+
+        copy(tmp_path / "run" if up else RUN, COPY if up else target, overwrite=True)
+
+        if up:
+            assert_on_s3(fake, COPY, saved)
+            assert_on_s3(fake, f"{COPY}/other", other)
+            assert "copy/old/x.distcp" not in fake.keys(BUCKET)
+        else:
+            assert_on_disk(target, saved)
+            assert_on_disk(target / "other", other)
+            assert not (target / "old/x.distcp").exists()
+
     def test_one_that_cannot_be_read(
         self, fake: FakeS3, tmp_path: Path, caplog: pytest.LogCaptureFixture
     ) -> None:
@@ -508,8 +591,10 @@ class TestRefused:
             (f"{RUN}/none", "{disk}/b", CheckpointNotFoundError),
             ("{disk}/none", COPY, CheckpointNotFoundError),
             ("s3://nowhere/run", "{disk}/b", S3Exception),
-            (RUN, "{disk}/file", FileExistsError),
-            (RUN, "/sys/folder", OSError),
+            (RUN, "{disk}/file", DiskError),
+            (RUN, "{disk}/file/below", DiskError),
+            (RUN, "/sys/folder", DiskError),
+            ("{disk}/file/below", COPY, CheckpointNotFoundError),
             (RUN, f"{RUN}/", S3ConfigError),
             (f"{RUN}/__0_0.distcp", "{disk}/b", CheckpointNotFoundError),
             (f"{RUN}/.metadata", "{disk}/b", CheckpointNotFoundError),
@@ -538,22 +623,28 @@ class TestRefused:
 
     @pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="no disk that is always full")
     @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
-    def test_a_full_disk(self, fake: FakeS3, tmp_path: Path, name: str) -> None:
+    def test_a_full_disk(
+        self, fake: FakeS3, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         put_checkpoint(fake, "run/", "__0_0.distcp")
         fake.inject(Refuse("AccessDenied"), operation="GetObject", key="*.distcp")
         with pytest.raises(S3Exception):
             copy(RUN, tmp_path)
-        full = tmp_path / f"{name}.partial"
-        full.unlink(missing_ok=True)
-        full.symlink_to("/dev/full")
 
-        with pytest.raises(OSError, match=f"make room, .*: '{full}'") as raised:
-            copy(RUN, tmp_path)
+        def opener(path: str, flags: int) -> int:
+            full = path == f"{tmp_path}/{name}.partial"
+            return own("/dev/full" if full else path, flags)
 
-        assert raised.value.errno == errno.ENOSPC
+        with monkeypatch.context() as patch:
+            patch.setattr(_places, "own", opener)
+            patch.setattr(_movers, "own", opener)
+            with pytest.raises(DiskError, match=rf"{name}\.partial: .*: make room, ") as raised:
+                copy(RUN, tmp_path)
+
+        assert isinstance(raised.value.__cause__, OSError)
+        assert raised.value.__cause__.errno == errno.ENOSPC
         assert not (tmp_path / name).exists()
         assert not (tmp_path / ".metadata").exists()
-        full.unlink()
         copy(RUN, tmp_path)
         assert {path.name for path in tmp_path.iterdir()} == {".metadata", "__0_0.distcp"}
 
@@ -660,6 +751,93 @@ class TestRefused:
 
         assert rule.struck
         assert isinstance(raised.value.__cause__, ObjectNotFoundError)
+
+
+class TestChecksumsOfTheStore:
+    """Of whole files, whose items have none, or which nobody sees as the store copies them."""
+
+    DATA = bytes(range(256)) * (12 * MiB // 256)
+
+    @pytest.fixture
+    def disk(self, tmp_path: Path) -> Path:
+        """Return a checkpoint whose only item has no checksum."""
+        (tmp_path / "disk").mkdir()
+        (tmp_path / "disk/a").write_bytes(self.DATA)
+        (tmp_path / "disk/.metadata").write_bytes(metadata_of({"a": len(self.DATA)}))
+        return tmp_path / "disk"
+
+    def test_damage_on_the_way(self, fake: FakeS3, disk: Path, tmp_path: Path) -> None:
+        copy(disk, RUN)
+        fake.inject(FlipByte(100), operation="GetObject", key="run/a", skip=1)
+
+        with pytest.raises(IntegrityError, match=rf"a: bytes .* of s3://{BUCKET}/run/a differ"):
+            copy(RUN, tmp_path / "copy", s3client_config=ONE)
+
+        assert not (tmp_path / "copy/a").exists()
+        assert copy(RUN, tmp_path / "copy").verified == 1
+        assert (tmp_path / "copy/a").read_bytes() == self.DATA
+
+    def test_damage_of_what_was_there_in_part(
+        self, fake: FakeS3, disk: Path, tmp_path: Path
+    ) -> None:
+        copy(disk, RUN)
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key="run/a", skip=1)
+        with pytest.raises(S3Exception):
+            copy(RUN, tmp_path / "copy", s3client_config=ONE)
+        with (tmp_path / "copy/a.partial").open("r+b") as file:
+            file.write(b"damaged")
+
+        with pytest.raises(IntegrityError):
+            copy(RUN, tmp_path / "copy")
+
+        assert copy(RUN, tmp_path / "copy").verified == 1
+        assert (tmp_path / "copy/a").read_bytes() == self.DATA
+
+    def test_damage_in_the_store(self, fake: FakeS3, disk: Path) -> None:
+        """While it made its copy, which must not be there for a later run to find."""
+        copy(disk, RUN)
+        (disk / "a").write_bytes(self.DATA[::-1])
+        copy(disk, f"{RUN}/damaged")
+
+        def damage(_: Record) -> Fault:
+            objects = fake._s3.buckets[BUCKET].objects
+            objects["copy/a"] = objects["run/damaged/a"]
+            return Fault()
+
+        rule = fake.inject(Call(before=damage), operation="HeadObject", key="copy/a")
+
+        with pytest.raises(IntegrityError, match=rf"s3://{BUCKET}/copy/a differ"):
+            copy(RUN, COPY)
+
+        assert rule.struck
+        assert "copy/a" not in fake.keys(BUCKET)
+        assert copy(RUN, COPY).verified == 1
+        assert fake.read(BUCKET, "copy/a") == self.DATA
+
+    def test_a_store_that_has_none(
+        self, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with FakeS3(checksums=False) as fake:
+            for name, value in fake.environ().items():
+                monkeypatch.setenv(name, value)
+            fake.create_bucket(BUCKET)
+
+            for way in ((disk, RUN), (RUN, COPY), (COPY, tmp_path / "copy")):
+                report = copy(*way)
+                assert (report.copied_objects, report.verified, report.unverified) == (1, 0, 1)
+
+    def test_no_more_requests_for_what_has_its_own(self, fake: FakeS3, tmp_path: Path) -> None:
+        save()
+        fake.forget()
+
+        assert copy(RUN, tmp_path / "copy").verified == 9
+
+        assert "HeadObject" not in fake.stats()
+
+    def test_it_was_not_asked_for(self, fake: FakeS3, disk: Path, tmp_path: Path) -> None:
+        for way in ((disk, RUN), (RUN, COPY), (COPY, tmp_path / "copy")):
+            report = copy(*way, verify=False)
+            assert (report.verified, report.unverified) == (0, 1)
 
 
 class TestConditions:

@@ -145,6 +145,11 @@ class Ours:
     """Of a type that `weights_only=True` does not know."""
 
 
+def in_the_way(_: FakeS3) -> None:
+    save()
+    s3dcp.copy(URI, __file__)
+
+
 def unsafe(_: FakeS3) -> None:
     s3dcp.save({"x": Ours()}, URI)
     s3dcp.load({"x": 0}, URI)
@@ -187,6 +192,7 @@ CASES: list[tuple[type[errors.S3Exception], Callable[[FakeS3], object], str]] = 
     (errors.CorruptMetadataError, torn, "load an older checkpoint"),
     (errors.IntegrityError, flipped, "load an older checkpoint"),
     (errors.UnsafeItemError, unsafe, "pass weights_only=False"),
+    (errors.DiskError, in_the_way, "copy to another folder"),
     (errors.PortalError, blocking_on_the_portal, "await S3Client"),
 ]
 

@@ -170,6 +170,8 @@ def told(error: BaseException) -> str:  # noqa: C901, PLR0911
             return "again"
         case s3dcp.CorruptMetadataError() | s3dcp.IntegrityError() | s3dcp.UnsafeItemError():
             return "another"
+        case s3dcp.DiskError():
+            return f"{error.__cause__}"
         case s3dcp.IncompleteSaveError() | s3dcp.CheckpointError():
             return "nothing was published"
         case s3dcp.ThrottledError() | s3dcp.ServerError() | s3dcp.S3TimeoutError():

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import (
 from s3dcp._checksums import crc_of
 from s3dcp._collector import CollectorPause
 from s3dcp._errors import CorruptMetadataError
+from s3dcp._giving_way import give_way
 from s3dcp._opcodes import check_opcodes
 from s3dcp._torch_internals import LegacyTensorProperties, _StorageInfo
 
@@ -133,9 +134,11 @@ class _Frames(io.BytesIO):
     """
 
     def read(self, size: int | None = -1, /) -> bytes:
+        give_way()
         return super().read(size)
 
     def write(self, buffer: ReadableBuffer, /) -> int:
+        give_way()
         return super().write(buffer)
 
 

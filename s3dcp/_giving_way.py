@@ -1,0 +1,56 @@
+"""Work on one thread that lets an event loop on another have its turn, again and again.
+
+Python has a thread that holds the GIL let go of it when another has asked for 5 ms. But who lets go
+of it now and then by itself, for random bytes, a checksum or a question to torch, has it back
+before anyone has woken up; and whoever waits does not ask either, as it was free meanwhile. Many
+such steps in a row hold up the others for 0.1 s and more. So every 2 ms the work sleeps for a
+moment: where it says that it can, and whenever Python looks for garbage, which it does after some
+hundreds of new objects, in whoever's code they are made.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from typing import Self
+
+_TURN_S = 0.002
+_PAUSE_S = 0.0001
+
+
+class GivingWay:
+    """A context in which its thread's work gives way to others."""
+
+    def __enter__(self) -> Self:
+        self._next_s = time.monotonic() + _TURN_S
+        _here.work = self
+        gc.callbacks.append(self._at_collection)
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        gc.callbacks.remove(self._at_collection)
+        _here.work = None
+
+    def pause(self) -> None:
+        """Sleep for a moment, if it is time to."""
+        if time.monotonic() >= self._next_s:
+            time.sleep(_PAUSE_S)
+            self._next_s = time.monotonic() + _TURN_S
+
+    def _at_collection(self, phase: str, _info: dict[str, int]) -> None:
+        if phase == "stop" and _here.work is self:  # collections are on whichever thread
+            self.pause()
+
+
+class _Here(threading.local):
+    work: GivingWay | None = None
+
+
+_here = _Here()
+
+
+def give_way() -> None:
+    """Let other threads run, if this one's work is to and has not done so for 2 ms."""
+    if (work := _here.work) is not None:
+        work.pause()

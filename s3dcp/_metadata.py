@@ -7,6 +7,7 @@ handing out torch's own would let a checkpoint change them for the whole process
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import io
 import math
@@ -29,9 +30,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from s3dcp._checksums import crc_of
-from s3dcp._collector import CollectorPause
+from s3dcp._collector import CollectorPause, dismantle
 from s3dcp._errors import CorruptMetadataError
-from s3dcp._giving_way import give_way
+from s3dcp._giving_way import free_later, give_way
 from s3dcp._opcodes import check_opcodes
 from s3dcp._torch_internals import LegacyTensorProperties, _StorageInfo
 
@@ -121,7 +122,9 @@ def dump_metadata(metadata: Metadata) -> bytes:
     file = _Frames()
     with CollectorPause():
         _share(metadata)
-        pickle.Pickler(file).dump(metadata)
+        pickler = _Pickler(file)
+        pickler.dump(metadata)
+        free_later(pickler.states)
     pickled = file.getvalue()
     return pickled + _SEAL + _seal_of(pickled)
 
@@ -140,6 +143,32 @@ class _Frames(io.BytesIO):
     def write(self, buffer: ReadableBuffer, /) -> int:
         give_way()
         return super().write(buffer)
+
+
+class _Pickler(pickle.Pickler):
+    """Keeps the state that each place is pickled from, to be freed bit by bit.
+
+    Any pickler keeps them, until it is freed, and all of them with it.
+    """
+
+    def __init__(self, file: _Frames) -> None:
+        super().__init__(file)
+        states: list[object] = []
+
+        def reduced(info: _StorageInfo) -> Any:
+            parts: Any = info.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+            states.append(parts[2])
+            return parts
+
+        self.dispatch_table = copyreg.dispatch_table | {_StorageInfo: reduced}
+        self.states = states
+
+
+def dismantle_metadata(metadata: Metadata) -> None:
+    """Free metadata bit by bit, once nobody else has a use for it."""
+    dismantle(metadata.storage_data, metadata.state_dict_metadata)
+    if isinstance(metadata.planner_data, dict):
+        dismantle(metadata.planner_data)
 
 
 def _share(metadata: Metadata) -> None:

@@ -30,6 +30,7 @@ from s3dcp._errors import (
     S3Exception,
 )
 from s3dcp._filesystem import S3FileSystem
+from s3dcp._giving_way import free_later
 from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
 from s3dcp._landing import damaged
 from s3dcp._loading import LoadedItems
@@ -160,6 +161,7 @@ class S3StorageReader(FileSystemReader):
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Sort the plan by where its items lie, and tell a DCP reader constructor the ranges."""
+        free_later(plan.items)
         plan.items.sort(key=self._place)
         if isinstance(self._reader_constructor, DCPS3ReaderConstructorProtocol):
             self._reader_constructor.set_item_ranges_by_file(

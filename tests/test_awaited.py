@@ -137,7 +137,7 @@ def test_awaited_calls_alone_pause(
     apart: FakeS3Process,
     monkeypatch: pytest.MonkeyPatch,
     work: Callable[..., Any],
-    is_awaited: bool,  # noqa: FBT001
+    is_awaited: bool,
 ) -> None:
     state = OrderedDict((f"layer.{n}", torch.tensor(n)) for n in range(KEYS))
     s3dcp.save(state, URI)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 import s3dcp._giving_way
-from s3dcp._giving_way import _PAUSE_S, _TURN_S, GivingWay, give_way
+from s3dcp._giving_way import _PAUSE_S, _TURN_S, GivingWay, free_later, give_way
 
 
 class Clock:
@@ -91,3 +91,38 @@ def test_an_error_ends_it(clock: Clock) -> None:
     clock.now_s += _TURN_S
     give_way()
     assert not clock.slept_s
+
+
+class Element:
+    """Takes a turn's time to be freed."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+
+    def __del__(self) -> None:
+        self._clock.now_s += _TURN_S
+
+
+def test_objects_are_freed_one_by_one_at_the_end(clock: Clock) -> None:
+    elements = [Element(clock) for _ in range(3)]
+    with GivingWay():
+        free_later(elements)
+        elements.clear()
+        assert clock.now_s == 0
+    assert clock.slept_s == [_PAUSE_S] * 3
+
+
+def test_nothing_is_held_where_nobody_gives_way(clock: Clock) -> None:
+    elements = [Element(clock)]
+    free_later(elements)
+    elements.clear()
+    assert clock.now_s == _TURN_S
+    assert not clock.slept_s
+
+
+def test_what_others_have_stays(clock: Clock) -> None:
+    elements = [Element(clock) for _ in range(3)]
+    with GivingWay():
+        free_later(elements)
+    assert len(elements) == 3
+    assert clock.now_s == 0

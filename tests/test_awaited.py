@@ -113,7 +113,7 @@ KEYS = 1000
 def test_what_many_keys_need_gives_way(
     apart: FakeS3Process,
     monkeypatch: pytest.MonkeyPatch,
-    work: Callable[..., Awaitable[Any]],
+    work: Callable[..., Coroutine[Any, Any, Any]],
     module: str,
     least: int,
 ) -> None:

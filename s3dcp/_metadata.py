@@ -273,6 +273,7 @@ def _check_entries(entries: object, source: str) -> None:
     if not isinstance(entries, dict):
         _refuse(source, "lists no tensors")
     for fqn, entry in entries.items():
+        give_way()
         if not isinstance(fqn, str):
             _refuse(source, f"names an entry by a {type(fqn).__name__}")
         if isinstance(entry, TensorStorageMetadata):
@@ -286,6 +287,7 @@ def _check_places(places: object, source: str) -> None:
     if not isinstance(places, dict):
         _refuse(source, "does not say where its items are stored")
     for index, info in places.items():
+        give_way()
         if not (isinstance(index, MetadataIndex) and _is_a(index.fqn, str)):
             _refuse(source, f"stores an item under a {type(index).__name__}")
         if not (

@@ -3,7 +3,7 @@
 Python has a thread that holds the GIL let go of it when another has asked for 5 ms. But who lets go
 of it now and then by itself, for random bytes, a checksum or a question to torch, has it back
 before anyone has woken up; and whoever waits does not ask either, as it was free meanwhile. Many
-such steps in a row hold up the others for 0.1 s and more. So every 2 ms the work sleeps for a
+such steps in a row hold up the others for 0.1 s and more. So every 4 ms the work sleeps for a
 moment: where it says that it can, and whenever Python looks for garbage, which it does after some
 hundreds of new objects, in whoever's code they are made.
 
@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterable
 from typing import Self
 
-_TURN_S = 0.002
+_TURN_S = 0.004
 _PAUSE_S = 0.0001
 
 
@@ -64,7 +64,7 @@ _here = _Here()
 
 
 def give_way() -> None:
-    """Let other threads run, if this one's work is to and has not done so for 2 ms."""
+    """Let other threads run, if this one's work is to and has not done so for 4 ms."""
     if (work := _here.work) is not None:
         work.pause()
 

@@ -20,6 +20,7 @@ from typing import Any, ParamSpec, TypeVar
 from s3dcp._calls import Call
 from s3dcp._collector import CollectorPause
 from s3dcp._errors import PortalError
+from s3dcp._giving_way import GivingWay
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -124,7 +125,7 @@ def _run(
     call, work = job.pop()
     _current.cancellation = cancellation
     try:
-        with CollectorPause():  # in which the caller's loop would wait
+        with CollectorPause(), GivingWay():  # to the caller's loop
             work.set_result(call())
     except BaseException as exc:  # noqa: BLE001 - it belongs to whoever awaits it
         work.set_exception(exc)

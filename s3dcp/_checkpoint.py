@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
@@ -30,6 +29,7 @@ from s3dcp._cancellation import in_thread
 from s3dcp._config import S3ClientConfig
 from s3dcp._constructors import DCPS3ReaderConstructorProtocol, S3ReaderConstructorProtocol
 from s3dcp._errors import S3ConfigError
+from s3dcp._giving_way import give_way
 from s3dcp._group_reader import GroupReader, MetadataError
 from s3dcp._planner import WeightsOnlyLoadPlanner
 from s3dcp._prefixes import S3PrefixStrategyBase
@@ -41,8 +41,6 @@ from s3dcp._writer import S3StorageWriter
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_ELEMENTS_AT_ONCE = 256  # 5 ms
-_PAUSE_S = 0.0001
 _UNGROUPED = "torch.distributed is disabled, unavailable or uninitialized"
 
 
@@ -461,16 +459,11 @@ def _grouped(*, no_dist: bool) -> bool:
 
 
 class _Unhurried(dict[str, Any]):
-    """A state dict that has others run while DCP goes through its elements.
-
-    DCP logs each with a UUID, for whose random bytes the GIL is let go of, and taken again before
-    anyone has woken up: those who wait for it do so for 0.1 s and more, of 20,000 elements.
-    """
+    """A state dict that gives way while DCP goes through its elements, of each of which it logs."""
 
     def items(self) -> Iterator[tuple[str, Any]]:  # type: ignore[override] # DCP goes through it
-        for number, item in enumerate(super().items()):
-            if number % _ELEMENTS_AT_ONCE == 0:
-                time.sleep(_PAUSE_S)
+        for item in super().items():
+            give_way()
             yield item
 
 

@@ -16,6 +16,7 @@ import queue
 from collections.abc import Callable, Iterator, MutableMapping, MutableSequence
 from typing import Any, Self, TypeVar
 
+from s3dcp._giving_way import give_way
 from s3dcp._waiting import wait_for
 
 T = TypeVar("T")
@@ -75,6 +76,7 @@ def dismantle(*containers: MutableSequence[Any] | MutableMapping[Any, Any]) -> N
         take = container.pop if isinstance(container, MutableSequence) else container.popitem
         while container:
             take()
+            give_way()
 
 
 # The pauses in force. Adding and discarding are atomic, so threads need no lock: the last one out

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata
 
-from s3dcp._collector import dismantle
 from s3dcp._commit import Found
 from s3dcp._errors import CheckpointNotFoundError
+from s3dcp._metadata import dismantle_metadata
 from s3dcp._reader import S3StorageReader
 
 T = TypeVar("T")
@@ -65,7 +65,7 @@ class GroupReader(S3StorageReader):
     def let_go(self) -> None:
         """Free the metadata bit by bit, once nobody else has a use for it."""
         if self._metadata is not None:
-            dismantle(self._metadata.storage_data, self._metadata.state_dict_metadata)
+            dismantle_metadata(self._metadata)
 
 
 def from_coordinator(function: Callable[[], T], group: dist.ProcessGroup | None) -> T:

@@ -29,6 +29,7 @@ from s3dcp._downloads import Downloads, discard
 from s3dcp._errors import S3Exception
 from s3dcp._flow import Channel, wait_all
 from s3dcp._framing import memory_of
+from s3dcp._giving_way import give_way
 from s3dcp._keys import S3Uri
 from s3dcp._landing import (
     Item,
@@ -306,6 +307,7 @@ class LoadedItems:
         if item.buffer is not None:
             self._memory.give_back(item.buffer)
         item.buffer = item.places = item.targets = item.device = None
+        give_way()
 
     def _copy(self, item: Item, data: memoryview | None) -> None:
         if data is None:

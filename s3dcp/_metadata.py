@@ -7,6 +7,7 @@ handing out torch's own would let a checkpoint change them for the whole process
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import io
 import math
@@ -29,8 +30,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from s3dcp._checksums import crc_of
-from s3dcp._collector import CollectorPause
+from s3dcp._collector import CollectorPause, dismantle
 from s3dcp._errors import CorruptMetadataError
+from s3dcp._giving_way import free_later, give_way
 from s3dcp._opcodes import check_opcodes
 from s3dcp._torch_internals import LegacyTensorProperties, _StorageInfo
 
@@ -120,7 +122,9 @@ def dump_metadata(metadata: Metadata) -> bytes:
     file = _Frames()
     with CollectorPause():
         _share(metadata)
-        pickle.Pickler(file).dump(metadata)
+        pickler = _Pickler(file)
+        pickler.dump(metadata)
+        free_later(pickler.states)
     pickled = file.getvalue()
     return pickled + _SEAL + _seal_of(pickled)
 
@@ -133,10 +137,38 @@ class _Frames(io.BytesIO):
     """
 
     def read(self, size: int | None = -1, /) -> bytes:
+        give_way()
         return super().read(size)
 
     def write(self, buffer: ReadableBuffer, /) -> int:
+        give_way()
         return super().write(buffer)
+
+
+class _Pickler(pickle.Pickler):
+    """Keeps the state that each place is pickled from, to be freed bit by bit.
+
+    Any pickler keeps them, until it is freed, and all of them with it.
+    """
+
+    def __init__(self, file: _Frames) -> None:
+        super().__init__(file)
+        states: list[object] = []
+
+        def reduced(info: _StorageInfo) -> Any:
+            parts: Any = info.__reduce_ex__(pickle.DEFAULT_PROTOCOL)
+            states.append(parts[2])
+            return parts
+
+        self.dispatch_table = copyreg.dispatch_table | {_StorageInfo: reduced}
+        self.states = states
+
+
+def dismantle_metadata(metadata: Metadata) -> None:
+    """Free metadata bit by bit, once nobody else has a use for it."""
+    dismantle(metadata.storage_data, metadata.state_dict_metadata)
+    if isinstance(metadata.planner_data, dict):
+        dismantle(metadata.planner_data)
 
 
 def _share(metadata: Metadata) -> None:
@@ -241,6 +273,7 @@ def _check_entries(entries: object, source: str) -> None:
     if not isinstance(entries, dict):
         _refuse(source, "lists no tensors")
     for fqn, entry in entries.items():
+        give_way()
         if not isinstance(fqn, str):
             _refuse(source, f"names an entry by a {type(fqn).__name__}")
         if isinstance(entry, TensorStorageMetadata):
@@ -254,6 +287,7 @@ def _check_places(places: object, source: str) -> None:
     if not isinstance(places, dict):
         _refuse(source, "does not say where its items are stored")
     for index, info in places.items():
+        give_way()
         if not (isinstance(index, MetadataIndex) and _is_a(index.fqn, str)):
             _refuse(source, f"stores an item under a {type(index).__name__}")
         if not (

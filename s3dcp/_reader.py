@@ -33,6 +33,7 @@ from s3dcp._errors import (
 )
 from s3dcp._filesystem import S3FileSystem
 from s3dcp._formats import INDEX_NAME, MANIFEST_NAME, SINGLE_NAME
+from s3dcp._giving_way import free_later
 from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
 from s3dcp._landing import damaged
 from s3dcp._loading import LoadedItems
@@ -163,6 +164,7 @@ class S3StorageReader(FileSystemReader):
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Sort the plan by where its items lie, and tell a DCP reader constructor the ranges."""
+        free_later(plan.items)
         plan.items.sort(key=self._place)
         if isinstance(self._reader_constructor, DCPS3ReaderConstructorProtocol):
             self._reader_constructor.set_item_ranges_by_file(

@@ -27,6 +27,7 @@ from s3dcp._config import MiB, S3ClientConfig
 from s3dcp._errors import IncompleteSaveError, S3ConfigError
 from s3dcp._flow import Channel, wait_all
 from s3dcp._framing import Frame, encode, frame_for, frame_of, memory_of, storage_alignment
+from s3dcp._giving_way import give_way
 from s3dcp._keys import S3Uri
 from s3dcp._metadata import ItemCrcs, annotate
 from s3dcp._portal import Calls, Portal
@@ -211,6 +212,7 @@ class SavedItems:
                 for file, (_, _, items) in zip(self._files, files, strict=True):
                     for item in items:
                         self._add(file, item)
+                        give_way()
                     self._end(file)
                 while self._settle():
                     pass

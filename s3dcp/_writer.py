@@ -19,7 +19,6 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from s3dcp._calls import Call
-from s3dcp._collector import dismantle
 from s3dcp._commit import Found, data_name, deletions, metadata_name, new_token
 from s3dcp._config import S3ClientConfig, check_callable, check_thread_count
 from s3dcp._errors import (
@@ -29,8 +28,9 @@ from s3dcp._errors import (
     S3ConfigError,
 )
 from s3dcp._filesystem import S3FileSystem
+from s3dcp._giving_way import free_later
 from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
-from s3dcp._metadata import dump_metadata, load_metadata
+from s3dcp._metadata import dismantle_metadata, dump_metadata, load_metadata
 from s3dcp._portal import Calls
 from s3dcp._prefixes import DefaultPrefixStrategy, S3PrefixStrategyBase
 from s3dcp._progress import ProgressCallback
@@ -151,6 +151,7 @@ class S3StorageWriter(FileSystemWriter):
             S3Exception: the bucket cannot be used. With `overwrite=True` that is raised later: by
                 `write_data`, or by `prepare_global_plan` where other ranks are to hear of it.
         """
+        free_later(plan.items)
         with self.recording.during("plan"):
             return self._prepared(plan)
 
@@ -198,8 +199,10 @@ class S3StorageWriter(FileSystemWriter):
             S3Exception: one could not be written. Nothing of this plan is left behind.
         """
         self.recording.lap("plan")
+        free_later(plan.items)
         with self.recording.during("write"):
             saved = self._write(plan, planner)
+            free_later(saved)
             self.recording.finish_bytes()
         if self.use_collectives and not self._is_coordinator:
             self.recording.end()  # others commit
@@ -296,7 +299,7 @@ class S3StorageWriter(FileSystemWriter):
                 (info.relative_path for info in metadata.storage_data.values()),
             )
             objects = dict(zip(names, self._uris(names), strict=True))
-            dismantle(old.storage_data, old.state_dict_metadata)
+            dismantle_metadata(old)
         except (CorruptMetadataError, InvalidS3UriError) as exc:
             _log.warning("objects of the checkpoint that was replaced are left in place: %s", exc)
             return

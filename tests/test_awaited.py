@@ -8,9 +8,11 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 from statistics import median
 from types import SimpleNamespace
@@ -20,7 +22,7 @@ import pytest
 import torch
 
 import s3dcp
-import s3dcp._checkpoint
+import s3dcp._giving_way
 from s3dcp import S3Client
 from s3dcp._loop_thread import new_event_loop
 from s3dcp._portal import portal
@@ -94,18 +96,62 @@ def test_the_callers_loop_goes_on(apart: FakeS3Process, run: Run, shape: str) ->
     run(main())
 
 
-def test_many_keys_have_pauses_between_them(
-    apart: FakeS3Process, monkeypatch: pytest.MonkeyPatch
+KEYS = 1000
+
+
+@pytest.mark.parametrize(
+    ("work", "module", "least"),
+    [
+        pytest.param(s3dcp.asave, "_checkpoint", KEYS, id="each-is-logged"),
+        pytest.param(s3dcp.asave, "_saving", KEYS, id="each-is-copied"),
+        pytest.param(s3dcp.aload, "_loading", KEYS, id="each-is-checked"),
+        pytest.param(s3dcp.asave, "_metadata", 2, id="frames-are-pickled"),
+        pytest.param(s3dcp.aload, "_metadata", 2 * KEYS + 2, id="each-is-unpickled-and-looked-at"),
+        pytest.param(s3dcp.aload, "_collector", 3 * KEYS, id="objects-are-freed"),
+    ],
+)
+def test_what_many_keys_need_gives_way(
+    apart: FakeS3Process,
+    monkeypatch: pytest.MonkeyPatch,
+    work: Callable[..., Coroutine[Any, Any, Any]],
+    module: str,
+    least: int,
 ) -> None:
-    """Else DCP, which logs each, takes the GIL back before a waiting loop has woken up."""
+    """Else who waits for the GIL finds it taken again before it has woken up."""
+    state = OrderedDict((f"layer.{n}", torch.tensor(n)) for n in range(KEYS))
+    s3dcp.save(state, URI)
+    threads: list[str] = []
+    monkeypatch.setattr(
+        f"s3dcp.{module}.give_way", lambda: threads.append(threading.current_thread().name)
+    )
+
+    asyncio.run(work(state, URI))
+
+    assert threads.count("s3dcp-blocking") >= least
+
+
+@pytest.mark.parametrize(
+    ("work", "is_awaited"), [(s3dcp.asave, True), (s3dcp.aload, True), (s3dcp.save, False)]
+)
+def test_awaited_calls_alone_pause(
+    apart: FakeS3Process,
+    monkeypatch: pytest.MonkeyPatch,
+    work: Callable[..., Any],
+    is_awaited: bool,
+) -> None:
+    state = OrderedDict((f"layer.{n}", torch.tensor(n)) for n in range(KEYS))
+    s3dcp.save(state, URI)
     pauses_s: list[float] = []
-    monkeypatch.setattr(s3dcp._checkpoint, "time", SimpleNamespace(sleep=pauses_s.append))
-    state = OrderedDict((f"layer.{n}", torch.tensor(n)) for n in range(1000))
+    hours = SimpleNamespace(monotonic=count().__next__, sleep=pauses_s.append)  # go by at each look
+    monkeypatch.setattr(s3dcp._giving_way, "time", hours)
 
-    asyncio.run(s3dcp.asave(state, URI))
-
-    assert len(pauses_s) == 4
-    assert min(pauses_s) > 0
+    if is_awaited:
+        asyncio.run(work(state, URI))
+        assert len(pauses_s) > KEYS
+        assert min(pauses_s) > 0
+    else:
+        work(state, URI)
+        assert not pauses_s
 
 
 _FIRST_USES = """

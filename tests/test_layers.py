@@ -14,8 +14,11 @@ PACKAGE = Path(s3dcp.__file__).parent
 # A module imports from rows above its own, or from modules to its left in its row.
 ROWS = {
     # Errors stand above the portal, whose own are among them: users catch one tree.
-    "errors": ["_errors", "_node", "_waiting", "_collector"],
-    "portal": ["_calls", "_workers", "_loop_thread", "_cancellation", "_portal", "_budget"],
+    "errors": ["_errors", "_node", "_waiting"],
+    "portal": [
+        *("_giving_way", "_collector", "_calls", "_workers", "_loop_thread"),
+        *("_cancellation", "_portal", "_budget"),
+    ],
     "values": ["_config", "_keys", "_store"],
     "pure": ["_checksums", "_ranges", "_boxes", "_commit", "_formats", "_inventory", "_opcodes"],
     "engine": ["_pacing", "_tally", "_flow", "_uploads", "_downloads", "_publish"],

@@ -35,7 +35,14 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from s3dcp import _metadata
 from s3dcp._errors import CorruptMetadataError
-from s3dcp._metadata import ItemCrcs, annotate, crcs_of, dump_metadata, load_metadata
+from s3dcp._metadata import (
+    ItemCrcs,
+    annotate,
+    crcs_of,
+    dismantle_metadata,
+    dump_metadata,
+    load_metadata,
+)
 from s3dcp._torch_internals import _StorageInfo
 
 SHAPE = torch.Size((4, 2))
@@ -127,6 +134,27 @@ def test_python_code_runs_between_frames(monkeypatch: pytest.MonkeyPatch) -> Non
     check()
     load(data)
     check()
+
+
+def test_what_pickling_made_is_freed_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pickler that is freed frees it all at once."""
+    later: list[list[object]] = []
+    monkeypatch.setattr(_metadata, "free_later", later.append)
+    metadata = sample(1000)
+
+    dump_metadata(metadata)
+
+    [states] = later
+    assert states == [info.__getstate__() for info in metadata.storage_data.values()]
+
+
+@pytest.mark.parametrize("planner_data", [None, {"model.weight": ("model", "weight")}])
+def test_metadata_is_taken_apart(planner_data: dict[str, Any] | None) -> None:
+    metadata = dataclasses.replace(sample(), planner_data=planner_data)
+    dismantle_metadata(metadata)
+    assert not metadata.state_dict_metadata
+    assert not metadata.storage_data
+    assert not metadata.planner_data
 
 
 @pytest.mark.parametrize("read", [load, pickle.loads], ids=["ours", "stock"])

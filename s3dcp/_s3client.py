@@ -15,7 +15,7 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
-from s3dcp._collector import CollectorPause
+from s3dcp._collector import CollectorPause, spare_young
 from s3dcp._config import S3ClientConfig
 from s3dcp._downloads import Downloads
 from s3dcp._errors import InvalidS3UriError, ObjectNotFoundError, S3ConfigError
@@ -274,6 +274,7 @@ async def _channel(here: Portal, region: str | None, config: S3ClientConfig) -> 
                 module = await offload(import_module, "s3dcp._spread")
                 store = module.SpreadStore(region, config)
                 await store.open()
+                spare_young()
             here.at_close(store.close)
             pools.channels[key] = Channel(
                 store=store,

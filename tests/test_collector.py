@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from s3dcp._collector import _NEVER, CollectorPause, _in_force, dismantle
+from s3dcp._collector import _NEVER, CollectorPause, _in_force, dismantle, spare_young
 
 USUAL = gc.get_threshold()
 HELD_BACK = (USUAL[0], _NEVER, _NEVER)
@@ -35,6 +35,24 @@ def test_containers_are_emptied_element_by_element() -> None:
     mapping = {n: Element() for n in range(3)}
     dismantle(elements, mapping)
     assert left == [5, 4, 3, 2, 1, 0]
+
+
+def test_young_objects_become_old_ones() -> None:
+    mine: list[object] = []
+    assert any(each is mine for each in gc.get_objects(generation=0))
+
+    spare_young()
+    assert any(each is mine for each in gc.get_objects(generation=2))
+    assert gc.get_freeze_count() == 0
+
+
+def test_what_someone_has_frozen_stays_so() -> None:
+    gc.freeze()
+    try:
+        spare_young()
+        assert gc.get_freeze_count()
+    finally:
+        gc.unfreeze()
 
 
 def test_it_is_held_back_meanwhile() -> None:

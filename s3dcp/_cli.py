@@ -29,6 +29,8 @@ from s3dcp.testing import FakeS3
 _DAMAGED = 1
 # So that each connection of a fast link has a buffer; nothing else of the process needs memory.
 _COPY_BYTES = 512 * MiB
+# What a terminal may have for another store, and what would win over a server's own.
+_STRONGER = ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3")
 
 _grace = click.option(
     "--grace",
@@ -332,6 +334,7 @@ def serve(port: int, buckets: Sequence[str]) -> None:
     with suppress(KeyboardInterrupt), FakeS3(port=port) as server:
         for bucket in buckets:
             server.create_bucket(bucket)
+        click.echo(f"unset {' '.join(_STRONGER)}")
         for name, value in server.environ().items():
             click.echo(f"export {name}={value}")
         while True:

@@ -481,14 +481,19 @@ class TestProcesses:
 
     def test_serve_and_ctrl_c(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What it prints can be pasted into another terminal, whose commands then reach it."""
+        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+            monkeypatch.setenv(name, "of-another-store")
         with terminal() as (ours, theirs):
             process = program(
                 "serve", "--port", "0", "--bucket", BUCKET, stdin=theirs, stdout=theirs
             )
             text = ""
-            while text.count("\n") < 5:
+            while text.count("\n") < 6:
                 assert select.select([ours], [], [], LIMIT_S)[0]
                 text += os.read(ours, 1 << 16).decode()
+            for names in re.findall(r"^unset (.+)\r$", text, re.MULTILINE):
+                for name in names.split():
+                    monkeypatch.delenv(name)
             for name, value in re.findall(r"^export (\w+)=(\S+)\r$", text, re.MULTILINE):
                 monkeypatch.setenv(name, value)
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _IN_TIME_S = 300
-_EXPORTS = 5
+_EXPORTS = 6
 _CHECKOUT = ("pyproject.toml", "README.md", "LICENSE")
 
 

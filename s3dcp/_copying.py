@@ -405,7 +405,7 @@ class _Copying:
                 await copy_within(source, target, cargo)
 
     async def _check_unchanged(self) -> None:
-        """Make sure that what was copied is one checkpoint, and the only one that was."""
+        """Make sure that what was copied is one checkpoint, whole, and the only one that was."""
         files = await self.source.files(self.manifest.files)
         commits = await self.source.commits(self._format)
         if commits != self._from or files != self.manifest.files:
@@ -416,4 +416,9 @@ class _Copying:
             raise CommitConflictError(
                 f"Another process began to copy to {self.target} meanwhile: this copy was not "
                 "committed. Let one at a time copy to a place, and copy again"
+            )
+        there = await self.target.files(files)  # also what an earlier run copied
+        for name in files.keys() - there.keys() - set(self.manifest.last):
+            raise CheckpointChangedError(
+                f"{self.target}/{name} was removed while the copy was under way: copy again"
             )

@@ -353,12 +353,15 @@ def orphans(
         listing: The objects to choose from.
         checkpoints: Every checkpoint that may name one: at, below and above them.
         before: Younger ones may belong to a save that is under way. Where that overwrites what
-            it finds, so may all that lie beside a younger one.
+            it finds, so may all that lie beside a younger one. A copy that goes on where it ended
+            claims its folder anew, and all that lies below it.
     """
+    listing = list(listing)
     data = [(info, format_) for info in listing for format_ in FORMATS if format_.is_data(info.key)]
     young = {info.key for info, _ in data if _is_young(info, before)}
     busy = {_folder(info.key) for info, format_ in data if format_.recurs and info.key in young}
     named, sealed = _claims(checkpoints)
+    sealed += tuple(_folder(i.key) for i in listing if _is_claim(i.key) and _is_young(i, before))
     return [
         info
         for info, format_ in data
@@ -385,13 +388,17 @@ def cut_off_copies(
     for claim in unnamed:
         folder = _folder(claim.key)
         if (
-            claim.key == f"{folder}{CLAIM_NAME}"
+            _is_claim(claim.key)
             and folder not in committed_folders
             and not folder.startswith(sealed)
             and not any(_is_young(i, before) for i in unnamed if i.key.startswith(folder))
         ):
             copies[claim] = {info for info in unnamed if _folder(info.key) == folder} - {claim}
     return copies
+
+
+def _is_claim(key: str) -> bool:
+    return posixpath.basename(key) == CLAIM_NAME
 
 
 def _is_young(info: ObjectInfo, before: datetime) -> bool:

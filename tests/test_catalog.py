@@ -539,6 +539,14 @@ class TestOrphans:
         ]
         assert self.keys(listing, checkpoint("", unreadable="forged")) == []
 
+    def test_what_a_copy_goes_on_with(self) -> None:
+        """It writes its claim again, and not what is there already."""
+        listing = [listed(key) for key in ("copy/x.distcp", "copy/a0/x.distcp", "copy2/x.distcp")]
+
+        for days_old, spared in [(0.1, 2), (2, 0)]:
+            claim = listed("copy/.s3dcp-copy", days_old=days_old)
+            assert self.keys([*listing, claim]) == [info.key for info in listing[spared:]]
+
 
 class TestCutOffCopies:
     CLAIM = "base/.s3dcp-copy"

@@ -742,6 +742,27 @@ class TestRefused:
         asyncio.run(both())
         assert_on_s3(fake, COPY, saved)
 
+    def test_what_was_there_already_is_removed_meanwhile(self, fake: FakeS3) -> None:
+        """By hand, or by a `gc` with too short a grace."""
+        save()
+        fake.inject(Refuse("AccessDenied"), operation="PutObject", key="copy/.metadata")
+        with pytest.raises(S3Exception):
+            copy(RUN, COPY)
+        fake.forget()
+        fake.delete(BUCKET, data_key(fake, "copy/"))
+        [there] = [key for key in fake.keys(BUCKET, "copy/") if key.endswith(".distcp")]
+
+        def remove(_: Record) -> Fault:
+            fake.delete(BUCKET, there)
+            return Fault()
+
+        fake.inject(Call(before=remove), operation="CopyObject")
+
+        with pytest.raises(CheckpointChangedError, match=there):
+            copy(RUN, COPY)
+
+        assert s3dcp.list_checkpoints(COPY) == []
+
     def test_an_object_that_is_gone(self, fake: FakeS3, tmp_path: Path) -> None:
         save()
         rule = fake.inject(Refuse("NoSuchKey"), operation="CopyObject", key="copy/*")

@@ -414,8 +414,9 @@ class _Copying:
             )
         if await self.target.read(CLAIM_NAME) != self.manifest.claim:
             raise CommitConflictError(
-                f"Another process began to copy to {self.target} meanwhile: this copy was not "
-                "committed. Let one at a time copy to a place, and copy again"
+                f"Another process began to copy to {self.target} meanwhile, or removed its "
+                f"{CLAIM_NAME}: this copy was not committed. Let one at a time copy to a place, "
+                "and copy again"
             )
         there = await self.target.files(files)  # also what an earlier run copied
         for name in files.keys() - there.keys() - set(self.manifest.last):

@@ -32,7 +32,9 @@ def refused(exc: OSError) -> DiskError:
     steps = (step for step, numbers in _NEXT_STEPS.items() if exc.errno in numbers)
     step = next(steps, "look at the disk, and copy again")
     what = f"{exc.filename}: {exc.strerror}" if exc.filename is not None else str(exc)
-    return DiskError(f"{what}: {step}")
+    error = DiskError(f"{what}: {step}")
+    error.errno, error.strerror, error.filename = exc.errno, exc.strerror, exc.filename
+    return error
 
 
 @contextmanager

@@ -642,7 +642,8 @@ class TestRefused:
                 copy(RUN, tmp_path)
 
         assert isinstance(raised.value.__cause__, OSError)
-        assert raised.value.__cause__.errno == errno.ENOSPC
+        assert raised.value.errno == raised.value.__cause__.errno == errno.ENOSPC
+        assert raised.value.filename == f"{tmp_path}/{name}.partial"
         assert not (tmp_path / name).exists()
         assert not (tmp_path / ".metadata").exists()
         copy(RUN, tmp_path)
@@ -762,6 +763,18 @@ class TestRefused:
             copy(RUN, COPY)
 
         assert s3dcp.list_checkpoints(COPY) == []
+
+    def test_its_claim_is_removed_meanwhile(self, fake: FakeS3) -> None:
+        save()
+
+        def remove(_: Record) -> Fault:
+            fake.delete(BUCKET, "copy/.s3dcp-copy")
+            return Fault()
+
+        fake.inject(Call(before=remove), operation="CopyObject")
+
+        with pytest.raises(CommitConflictError, match=r"or removed its \.s3dcp-copy"):
+            copy(RUN, COPY)
 
     def test_an_object_that_is_gone(self, fake: FakeS3, tmp_path: Path) -> None:
         save()

@@ -17,6 +17,7 @@ import gc
 import threading
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Self
 
 _TURN_S = 0.004
@@ -38,7 +39,8 @@ class GivingWay:
             while objects:
                 objects.pop()
                 self.pause()
-        gc.callbacks.remove(self._at_collection)
+        with suppress(ValueError):  # someone has emptied the list
+            gc.callbacks.remove(self._at_collection)
         _here.work = None
 
     def pause(self) -> None:

@@ -158,7 +158,7 @@ def _kind_of(exc: Exception) -> tuple[type[S3Exception], str]:
     cause = getattr(exc, "kwargs", {}).get("error")
     if type(exc) is boto.HTTPClientError and isinstance(cause, _FILE_ERRORS):
         return errors.S3ConfigError, "check the file that ca_bundle or AWS_CA_BUNDLE names"
-    if type(exc) is boto.HTTPClientError and isinstance(cause, ValueError):
+    if type(exc) is boto.HTTPClientError and type(cause) is ValueError:
         return errors.S3ConfigError, _UNSENDABLE
     for types, kind, hint in _LIBRARY_ERRORS:
         if isinstance(exc, types):
@@ -169,7 +169,7 @@ def _kind_of(exc: Exception) -> tuple[type[S3Exception], str]:
 # What loading certificates raises, before there is a connection.
 _FILE_ERRORS = (FileNotFoundError, IsADirectoryError, PermissionError, ssl.SSLError)
 
-# What aiohttp says of a request that it does not send.
+# Of a request that aiohttp does not send. A `UnicodeError` is of an answer, and another may do.
 _UNSENDABLE = "look for line ends and blanks in the credentials, the region and the endpoint"
 
 _LIBRARY_ERRORS: tuple[tuple[tuple[type[Exception], ...], type[S3Exception], str], ...] = (

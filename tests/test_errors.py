@@ -324,6 +324,11 @@ def _caused(
             "ca_bundle",
         ),
         (_caused(boto.HTTPClientError, ssl.SSLError("x")), s3dcp.S3ConfigError, "AWS_CA_BUNDLE"),
+        (  # a header of an answer that was damaged on its way
+            _caused(boto.HTTPClientError, UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x")),
+            s3dcp.S3ConnectionError,
+            "check the network",
+        ),
         (
             _caused(boto.HTTPClientError, ValueError("control character in headers")),
             s3dcp.S3ConfigError,

@@ -82,6 +82,11 @@ class Manifest:
         """The size of the files."""
         return sum(info.size_bytes for info in self.files.values())
 
+    def checked_bytes(self, name: str) -> int:
+        """Return how much of a file its items' own CRCs tell of; nothing of a header, say."""
+        items = self.items.get(name, ())
+        return sum(item.end - item.start for item in items if item.crc is not None)
+
     @property
     def claim(self) -> bytes:
         """A digest of what would be copied: the same as long as that is unchanged."""

@@ -290,6 +290,8 @@ class _Copying:
             for name, body in self.manifest.commits.items():
                 await target.commit(name, body, overwrite=self.overwrite)
             await target.remove(decided.removed_last)
+        if there.claim is not None:  # then parts are a copy's; others may have put whole files
+            await target.discard(self.manifest.files)
         if claimed is not None:
             await target.remove([CLAIM_NAME])
 
@@ -381,13 +383,10 @@ class _Copying:
 
     async def _sums(self) -> dict[str, int]:
         """Return what the store has of files whose items' own checksums are not enough."""
-        items = self.manifest.items
         files = [
             info
             for info in self._copied
-            if self._is_within_s3
-            or info.key not in items
-            or any(item.crc is None for item in items[info.key])
+            if self._is_within_s3 or self.manifest.checked_bytes(info.key) < info.size_bytes
         ]
         crcs = await wait_all([partial(self.source.crc, info) for info in files])
         found = zip(files, crcs, strict=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
 import s3dcp
 from s3dcp import (
+    AccessDeniedError,
     CheckpointChangedError,
     CheckpointExistsError,
     CheckpointNotFoundError,
@@ -418,6 +420,24 @@ class TestCutOff:
             copy(target, tmp_path / "copy")
         found = [path.read_bytes() for path in (tmp_path / "copy").glob("*.distcp")]
         assert found == [b"1" * MiB] * 2
+
+    def test_no_part_is_left_of_what_others_put_there_meanwhile(
+        self, fake: FakeS3, tmp_path: Path
+    ) -> None:
+        save_stock(tmp_path / "source")
+        copy(tmp_path / "source", RUN)
+        fake.inject(Refuse("AccessDenied"), operation="GetObject", key="run/__0_0.distcp")
+        with pytest.raises(AccessDeniedError):
+            copy(RUN, tmp_path / "copy")
+        assert (tmp_path / "copy/__0_0.distcp.partial").is_file()
+        shutil.copy(tmp_path / "source/__0_0.distcp", tmp_path / "copy")
+
+        copy(RUN, tmp_path / "copy")
+
+        assert {path.name for path in (tmp_path / "copy").iterdir()} == {
+            ".metadata",
+            "__0_0.distcp",
+        }
 
     def test_killed(self, fake: FakeS3, tmp_path: Path) -> None:
         """On its way down; `test_resumed_uploads` has the other way."""

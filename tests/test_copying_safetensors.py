@@ -234,9 +234,11 @@ class TestOurs:
         assert (tmp_path / "config.json").read_bytes() == b"new"
         assert_same(loaded_by_the_library(tmp_path), state)
 
-    def test_damage_on_the_way(self, fake: FakeS3, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("offset", [100, 100_000], ids=["header", "tensor"])
+    def test_damage_on_the_way(self, fake: FakeS3, tmp_path: Path, offset: int) -> None:
+        """A header, which no item's own checksum tells of, is read once before it is copied."""
         save(tensors(), "run")
-        flipped = FlipByte(100_000)
+        flipped = FlipByte(offset)
         fake.inject(flipped, operation="GetObject", key="*.safetensors", skip=1, times=None)
 
         with pytest.raises(IntegrityError, match=r"bytes .* differ"):

@@ -205,6 +205,10 @@ def _place(path: str | os.PathLike[str], channel: Channel) -> Bucket | Folder:
         return Bucket(channel, folder_of(parse_s3_uri(text)))
     if not text:
         raise S3ConfigError("A path must not be empty: write s3://BUCKET/PREFIX, or a folder's")
+    if "\0" in text:
+        raise S3ConfigError(
+            f"No folder can be called {text!r}: write s3://BUCKET/PREFIX, or a path"
+        )
     return Folder(Path(text).absolute())
 
 

@@ -240,6 +240,7 @@ async def to_its_end(function: Callable[..., T], *args: object) -> T:
         return await asyncio.shield(running)
     except asyncio.CancelledError:
         await asyncio.wait([running])
+        running.exception()  # which nobody else asks for
         raise
 
 

@@ -607,6 +607,7 @@ class TestRefused:
             ("{disk}/a", "{disk}/b", S3ConfigError),
             ("", COPY, S3ConfigError),
             (RUN, "", S3ConfigError),
+            (RUN, "{disk}/a\0b", S3ConfigError),
             ("gs://b/run", COPY, InvalidS3UriError),
             (f"{RUN}/none", "{disk}/b", CheckpointNotFoundError),
             ("{disk}/none", COPY, CheckpointNotFoundError),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
+import gc
+import threading
 from typing import TYPE_CHECKING
 
 import pytest
 
 from s3dcp import DiskError, S3Exception, copy
 from s3dcp._disk import refused
+from s3dcp._movers import to_its_end
 from s3dcp.testing import Refuse
 from tests._catalogs import metadata_of, put_checkpoint
 from tests._fakes import uri_of
@@ -126,3 +130,27 @@ class TestInTheWay:
     )
     def test_what_the_disk_says(self, error: OSError, said: str) -> None:
         assert str(refused(error)).startswith(said)
+
+
+def test_what_is_refused_once_the_copy_has_failed_is_told_to_nobody() -> None:
+    """A full disk refuses the files of all connections; the first error is the copy's."""
+    told: list[dict[str, Any]] = []
+    begun, go_on = threading.Event(), threading.Event()
+
+    def write() -> None:
+        begun.set()
+        go_on.wait()
+        raise OSError(errno.ENOSPC, "Full")
+
+    async def cancelled() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: told.append(context))
+        writing = asyncio.create_task(to_its_end(write))
+        await asyncio.to_thread(begun.wait)
+        writing.cancel()
+        asyncio.get_running_loop().call_soon(go_on.set)
+        with pytest.raises(asyncio.CancelledError):
+            await writing
+
+    asyncio.run(cancelled())
+    gc.collect()
+    assert not told

@@ -14,6 +14,7 @@ So the work holds on to them until nobody else does, and frees them one by one a
 from __future__ import annotations
 
 import gc
+import os
 import threading
 import time
 from collections.abc import Iterable
@@ -39,9 +40,9 @@ class GivingWay:
             while objects:
                 objects.pop()
                 self.pause()
-        with suppress(ValueError):  # someone has emptied the list
-            gc.callbacks.remove(self._at_collection)
         _here.work = None
+        with suppress(ValueError):  # someone has emptied the list, or this is a fork
+            gc.callbacks.remove(self._at_collection)
 
     def pause(self) -> None:
         """Sleep for a moment, if it is time to."""
@@ -75,3 +76,14 @@ def free_later(objects: Iterable[object]) -> None:
     """Have objects that are soon done with freed one by one, if this thread's work gives way."""
     if (work := _here.work) is not None:
         work.hold(objects)
+
+
+def _forget_work() -> None:
+    # Its threads are not in the child, and would not take their callbacks away.
+    for callback in gc.callbacks.copy():
+        if isinstance(getattr(callback, "__self__", None), GivingWay):
+            gc.callbacks.remove(callback)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -138,3 +139,26 @@ def test_what_others_have_stays(clock: Clock) -> None:
         free_later(elements)
     assert len(elements) == 3
     assert clock.now_s == 0
+
+
+def test_callbacks_that_someone_has_removed_meanwhile(clock: Clock) -> None:
+    before = gc.callbacks.copy()
+    with GivingWay():
+        gc.callbacks[:] = before
+    clock.now_s += _TURN_S
+    give_way()
+    assert not clock.slept_s
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+@pytest.mark.filterwarnings("ignore:This process :DeprecationWarning")
+def test_a_fork_in_the_middle() -> None:
+    """The child has not the threads whose callbacks these were."""
+    before = gc.callbacks.copy()
+    with GivingWay():
+        child = os.fork()
+        if not child:
+            os._exit(7 if gc.callbacks == before else 1)
+        assert gc.callbacks != before
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 7

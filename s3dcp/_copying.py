@@ -422,7 +422,9 @@ class _Copying:
                 "and copy again"
             )
         there = await self.target.files(files)  # also what an earlier run copied
-        for name in files.keys() - there.keys() - set(self.manifest.last):
-            raise CheckpointChangedError(
-                f"{self.target}/{name} was removed while the copy was under way: copy again"
-            )
+        for name in files.keys() - set(self.manifest.last):
+            if name not in there or there[name].size_bytes != files[name].size_bytes:
+                raise CheckpointChangedError(
+                    f"{self.target}/{name} was removed or replaced while the copy was under way: "
+                    "copy again"
+                )

@@ -94,18 +94,6 @@ def test_an_error_ends_it(clock: Clock) -> None:
     assert not clock.slept_s
 
 
-def test_callbacks_that_someone_else_has_dropped(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(gc, "callbacks", [])
-        with GivingWay():
-            gc.callbacks.clear()
-    clock.now_s += _TURN_S
-    give_way()
-    assert not clock.slept_s
-
-
 class Element:
     """Takes a turn's time to be freed."""
 

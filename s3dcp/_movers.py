@@ -293,7 +293,13 @@ async def same_files(
     """
     alike = [pair for pair in pairs if pair[0].size_bytes == pair[1].size_bytes]
     files = [each for pair in alike for each in zip((source, target), pair, strict=True)]
-    sums: list[list[tuple[int, int, int]]] = [[] for _ in files]  # offset, CRC, size
+    known = await wait_all([partial(place.crc, info) for place, info in files])
+    unknown = [number for number, crc in enumerate(known) if crc is None]
+    total = sum(files[number][1].size_bytes for number in unknown)
+    sums: list[list[tuple[int, int, int]]] = [  # offset, CRC, size
+        [] if crc is None else [(0, crc, info.size_bytes)]
+        for (_, info), crc in zip(files, known, strict=True)
+    ]
 
     async def work(queue: Queue[tuple[int, int, int]]) -> None:
         buffer = memoryview(bytearray(READ_BYTES))
@@ -307,17 +313,11 @@ async def same_files(
             progress(view.nbytes, total)
 
     async def pieces() -> AsyncGenerator[tuple[int, int, int]]:
-        for number, (_, info) in enumerate(files):
-            if not sums[number]:
-                for start, end in cut(0, info.size_bytes, READ_BYTES):
-                    yield number, start, end
+        for number in unknown:
+            for start, end in cut(0, files[number][1].size_bytes, READ_BYTES):
+                yield number, start, end
 
-    known = await wait_all([partial(place.crc, info) for place, info in files])
-    for (_, info), crc, found in zip(files, known, sums, strict=True):
-        if crc is not None:
-            found.append((0, crc, info.size_bytes))
-    read = [info for (_, info), crc in zip(files, known, strict=True) if crc is None]
-    if total := sum(info.size_bytes for info in read):
+    if total:
         async with aclosing(pieces()) as generator:
             queue = Queue(generator)
             await wait_all([partial(work, queue)] * room.buffers(READ_BYTES))

@@ -295,11 +295,10 @@ class S3StorageReader(FileSystemReader):
 
     def _holds_any(self, *names: str) -> bool:
         """Return whether one of these objects is there, and may be read."""
-        base, tally = parse_s3_uri(self.path), self.recording.tally
+        tally = self.recording.tally
         for name in names:
             with suppress(S3Exception):
-                uri = S3Uri(base.bucket, join(base.key, name))
-                if self.fs.client.call_counted(tally, exists, uri):
+                if self.fs.client.call_counted(tally, exists, self._uri_of(name)):
                     return True
         return False
 
@@ -331,8 +330,11 @@ class S3StorageReader(FileSystemReader):
         return metadata
 
     def _metadata_uri(self, rank: int | None) -> S3Uri:
+        return self._uri_of(metadata_name(rank))
+
+    def _uri_of(self, name: str) -> S3Uri:
         base = parse_s3_uri(self.path)
-        return S3Uri(base.bucket, join(base.key, metadata_name(rank)))
+        return S3Uri(base.bucket, join(base.key, name))
 
     def _place(self, item: ReadItem) -> tuple[str, int]:
         try:

@@ -67,10 +67,16 @@ class CollectorPause:
             self.__enter__()
 
 
-def spare_young() -> None:
-    """Have all objects count as old: those that imports leave, and that stay.
+def collect_young() -> None:
+    """Collect what is not old, so that no garbage grows old by `spare_young`."""
+    if gc.isenabled():
+        gc.collect(1)
 
-    Else the next collection walks them, for 30 ms.
+
+def spare_young() -> None:
+    """Have all objects count as old: those that imports or a large pickle leave, and that stay.
+
+    Else the next collections walk them, for 30 ms or more.
     """
     if not gc.get_freeze_count():  # what someone has frozen is to stay so
         gc.freeze()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -173,6 +174,26 @@ class LoopThread:
                     "The I/O thread has ended, as the process does: save and load before it exits"
                 )
             self.loop.call_soon_threadsafe(function)
+
+    def call_later(self, delay_s: float, function: Callable[[], object]) -> Callable[[], object]:
+        """Have the loop call `function` after a while, unless what this returns is called before.
+
+        Both from any thread.
+
+        Raises:
+            PortalError: the loop has ended.
+        """
+        timer: list[asyncio.TimerHandle] = []
+
+        def set_off() -> None:
+            timer.append(self.loop.call_later(delay_s, function))
+
+        def take_back() -> None:
+            with contextlib.suppress(PortalError):
+                self.call_soon(lambda: timer[0].cancel())  # noqa: PLW0108 - it is not there yet
+
+        self.call_soon(set_off)
+        return take_back
 
     def refuse_own(self) -> None:
         """Refuse to block the thread.

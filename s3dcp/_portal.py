@@ -175,6 +175,14 @@ class Portal:
         if self._thread.is_of_this_process:
             settle(pending)
 
+    def call_later(self, delay_s: float, function: Callable[[], object]) -> Callable[[], object]:
+        """Call `function` on the portal after a while, unless what this returns is called before.
+
+        Raises:
+            PortalError: the portal is closed.
+        """
+        return self._thread.call_later(delay_s, function)
+
     def at_close(self, function: Callable[[], Awaitable[None]]) -> None:
         """Await `function` when the portal closes, before its loop ends."""
         self._thread.at_close(function)

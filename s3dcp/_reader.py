@@ -161,6 +161,7 @@ class S3StorageReader(FileSystemReader):
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
         self._metadata = metadata
         self.recording.identify(self, str(self.path), self.rank, is_coordinator=is_coordinator)
+        self.recording.planning.begin()
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Sort the plan by where its items lie, and tell a DCP reader constructor the ranges."""
@@ -205,6 +206,7 @@ class S3StorageReader(FileSystemReader):
             IntegrityError: stored bytes differ from those that were saved.
             S3Exception: as the store. The targets' contents are then undefined.
         """
+        self.recording.planning.end()
         self.recording.lap("plan")
         with self.recording.during("read"):
             self._read(plan, planner)

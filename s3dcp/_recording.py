@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from s3dcp import _telemetry as telemetry
 from s3dcp._config import check_callable
+from s3dcp._planning import PlanningPause
 from s3dcp._progress import Bar, Meter, ProgressCallback, check_progress
 from s3dcp._report import Report
 from s3dcp._tally import Tally
@@ -68,11 +69,13 @@ class Recording:
     Attributes:
         tally: Of its requests.
         meter: Of its items' bytes.
+        planning: Of the garbage collector. Whoever begins it may leave it to the end of all.
     """
 
     def __init__(self, operation: Literal["save", "load"], uri: str, audience: Audience) -> None:
         self.tally = Tally()
         self.meter = Meter()
+        self.planning = PlanningPause()
         self._operation = operation
         self._audience = audience
         self._uri = uri
@@ -137,6 +140,7 @@ class Recording:
         self._end(None if error is None else type(error).__name__)
 
     def _end(self, error: str | None) -> None:
+        self.planning.end()
         if self._ended or (self._rank is None and not self._phases):  # or has not begun
             return
         self._ended = True

@@ -77,6 +77,8 @@ class Memory:
     def __exit__(self, *exc_info: object) -> None:
         self._kept.clear()
         self._share.__exit__()
+        # Else its owner, and with it every tensor and plan, would wait for the garbage collector.
+        self._settle = bool
 
     def take(self, size_bytes: int) -> None:
         """Take bytes, as soon as there is room or nothing that could be waited for."""

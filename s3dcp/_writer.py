@@ -131,6 +131,7 @@ class S3StorageWriter(FileSystemWriter):
         self.recording, self._staged = self._staged or self._new_recording(), None
         self.recording.identify(self, str(self.path), self.rank, is_coordinator=is_coordinator)
         self._look = None
+        self.recording.planning.begin()
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Copy the state dict to the CPU for an asynchronous save."""
@@ -198,6 +199,7 @@ class S3StorageWriter(FileSystemWriter):
         Raises:
             S3Exception: one could not be written. Nothing of this plan is left behind.
         """
+        self.recording.planning.end()
         self.recording.lap("plan")
         free_later(plan.items)
         with self.recording.during("write"):

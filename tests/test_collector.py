@@ -9,7 +9,14 @@ from collections.abc import Iterator
 
 import pytest
 
-from s3dcp._collector import _NEVER, CollectorPause, _in_force, dismantle, spare_young
+from s3dcp._collector import (
+    _NEVER,
+    CollectorPause,
+    _in_force,
+    collect_young,
+    dismantle,
+    spare_young,
+)
 
 USUAL = gc.get_threshold()
 HELD_BACK = (USUAL[0], _NEVER, _NEVER)
@@ -17,11 +24,27 @@ HELD_BACK = (USUAL[0], _NEVER, _NEVER)
 
 @pytest.fixture(autouse=True)
 def _as_usual() -> Iterator[None]:
+    for pause in tuple(_in_force):
+        pause.__exit__()  # what DCP gave up in another test
     assert gc.get_threshold() == USUAL
     yield
     assert not _in_force
     assert gc.get_threshold() == USUAL
     assert gc.isenabled()
+
+
+@pytest.fixture
+def generations() -> Iterator[list[int]]:
+    """The generations that were collected, one after the other."""
+    seen: list[int] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            seen.append(info["generation"])
+
+    gc.callbacks.append(note)
+    yield seen
+    gc.callbacks.remove(note)
 
 
 def test_containers_are_emptied_element_by_element() -> None:
@@ -46,6 +69,20 @@ def test_young_objects_become_old_ones() -> None:
     assert gc.get_freeze_count() == 0
 
 
+def test_what_is_no_garbage_then_grows_old(generations: list[int]) -> None:
+    collect_young()
+    assert generations == [1]
+
+
+def test_nothing_is_collected_where_it_is_off(generations: list[int]) -> None:
+    gc.disable()
+    try:
+        collect_young()
+    finally:
+        gc.enable()
+    assert not generations
+
+
 def test_what_someone_has_frozen_stays_so() -> None:
     gc.freeze()
     try:
@@ -66,20 +103,6 @@ def test_it_is_held_back_meanwhile() -> None:
 class Cycle:
     def __init__(self) -> None:
         self.itself = self
-
-
-@pytest.fixture
-def generations() -> Iterator[list[int]]:
-    """The generations that were collected, one after the other."""
-    seen: list[int] = []
-
-    def note(phase: str, info: dict[str, int]) -> None:
-        if phase == "start":
-            seen.append(info["generation"])
-
-    gc.callbacks.append(note)
-    yield seen
-    gc.callbacks.remove(note)
 
 
 def test_new_objects_alone_are_collected_meanwhile(generations: list[int]) -> None:

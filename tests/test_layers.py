@@ -17,7 +17,7 @@ ROWS = {
     "errors": ["_errors", "_node", "_waiting"],
     "portal": [
         *("_giving_way", "_collector", "_calls", "_workers", "_loop_thread"),
-        *("_cancellation", "_portal", "_budget"),
+        *("_cancellation", "_portal", "_planning", "_budget"),
     ],
     "values": ["_config", "_keys", "_store"],
     "pure": ["_checksums", "_ranges", "_boxes", "_commit", "_formats", "_inventory", "_opcodes"],

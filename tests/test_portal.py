@@ -237,6 +237,38 @@ class TestCalls:
                 refused()
 
 
+class TestLater:
+    def test_it_is_called(self, either: Portal) -> None:
+        called = threading.Event()
+        either.call_later(0.0, called.set)
+        assert called.wait(10)
+
+    def test_unless_it_is_taken_back(self, either: Portal) -> None:
+        called: list[bool] = []
+        started, go_on = threading.Event(), threading.Event()
+
+        async def hold_up() -> None:
+            started.set()
+            go_on.wait(10)
+
+        busy = either.submit(hold_up)
+        assert started.wait(10)
+        take_back = either.call_later(0.0, lambda: called.append(True))
+        take_back()
+        go_on.set()
+        either.wait(busy)
+        for _ in range(3):
+            either.call(answer)
+        assert not called
+
+    def test_after_the_end(self, own: Portal) -> None:
+        take_back = own.call_later(60.0, bool)
+        own.close()
+        take_back()
+        with pytest.raises(PortalError, match="has ended"):
+            own.call_later(60.0, bool)
+
+
 class TestRun:
     """Awaiting the portal from other loops."""
 

@@ -33,18 +33,24 @@ class CollectorPause:
         try:
             _in_force.add(self)
             _hold_back()
+            if self not in _in_force:  # another thread has ended it meanwhile
+                self.__exit__()
         except BaseException:  # an interrupt, after which there is no `__exit__`
             self.__exit__()
             raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        if self in _in_force:
-            try:
-                _in_force.discard(self)
-            finally:  # even if an interrupt strikes right here
-                if not _in_force:
-                    _let_go()
+        try:
+            _in_force.discard(self)
+        finally:  # even if an interrupt strikes right here
+            if not _in_force:
+                _let_go()
+
+    @property
+    def is_in_force(self) -> bool:
+        """Whether it was entered, and has not been left."""
+        return self in _in_force
 
     def next_of(
         self, source: queue.SimpleQueue[T], meanwhile: Callable[[], object] = lambda: None
@@ -67,16 +73,10 @@ class CollectorPause:
             self.__enter__()
 
 
-def collect_young() -> None:
-    """Collect what is not old, so that no garbage grows old by `spare_young`."""
-    if gc.isenabled():
-        gc.collect(1)
-
-
 def spare_young() -> None:
-    """Have all objects count as old: those that imports or a large pickle leave, and that stay.
+    """Have all objects count as old: those that imports leave, and that stay.
 
-    Else the next collections walk them, for 30 ms or more.
+    Else the next collection walks them, for 30 ms.
     """
     if not gc.get_freeze_count():  # what someone has frozen is to stay so
         gc.freeze()

@@ -120,11 +120,12 @@ class S3HuggingFaceStorageWriter(S3StorageWriter):
             S3ConfigError: a save without collectives.
         """
         super().set_up_storage_writer(is_coordinator, *args, **kwargs)
-        if not self.use_collectives:
-            raise S3ConfigError(
-                "A safetensors checkpoint has one index, of all ranks' files: save with "
-                "use_collectives=True, or with S3StorageWriter"
-            )
+        with self.recording.during("plan"):
+            if not self.use_collectives:
+                raise S3ConfigError(
+                    "A safetensors checkpoint has one index, of all ranks' files: save with "
+                    "use_collectives=True, or with S3StorageWriter"
+                )
 
     def _prepared(self, plan: SavePlan) -> SavePlan:
         for items in self._by_file(plan.items).values():
@@ -143,20 +144,21 @@ class S3HuggingFaceStorageWriter(S3StorageWriter):
         Raises:
             S3ConfigError: several ranks would write one file.
         """
-        if not self.save_distributed:
-            files = [number for plan in plans for number in self._by_file(plan.items)]
-            if len(set(files)) != len(files):
-                raise S3ConfigError(
-                    "Several ranks have tensors for one file: pass save_distributed=True, and "
-                    "enable_consolidation=True for full files"
-                )
-        self._stale = self.fs.client.call_counted(
-            self.recording.tally, begin, self._data, overwrite=self.overwrite
-        )
-        return [
-            dataclasses.replace(plan, storage_data=rank if self.save_distributed else None)
-            for rank, plan in enumerate(plans, start=1)
-        ]
+        with self.recording.during("plan"):
+            if not self.save_distributed:
+                files = [number for plan in plans for number in self._by_file(plan.items)]
+                if len(set(files)) != len(files):
+                    raise S3ConfigError(
+                        "Several ranks have tensors for one file: pass save_distributed=True, and "
+                        "enable_consolidation=True for full files"
+                    )
+            self._stale = self.fs.client.call_counted(
+                self.recording.tally, begin, self._data, overwrite=self.overwrite
+            )
+            return [
+                dataclasses.replace(plan, storage_data=rank if self.save_distributed else None)
+                for rank, plan in enumerate(plans, start=1)
+            ]
 
     def _write(self, plan: SavePlan, planner: SavePlanner) -> list[WriteResult]:
         # Minted here for every save: with plan caching the plan may be an earlier save's.

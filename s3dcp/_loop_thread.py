@@ -125,6 +125,7 @@ class LoopThread:
     ) -> None:
         self._at_end = at_end
         self._closers: list[Callable[[], Awaitable[None]]] = []
+        self._later: list[Callable[[], object]] = []
         # Held to hand the loop a callback, and to close: none is queued behind the loop's end. A
         # finalizer may come in between on the same thread.
         self._gate = threading.RLock()
@@ -178,7 +179,7 @@ class LoopThread:
     def call_later(self, delay_s: float, function: Callable[[], object]) -> Callable[[], object]:
         """Have the loop call `function` after a while, unless what this returns is called before.
 
-        Both from any thread.
+        Both from any thread. If the loop ends, it calls the function then.
 
         Raises:
             PortalError: the loop has ended.
@@ -186,14 +187,24 @@ class LoopThread:
         timer: list[asyncio.TimerHandle] = []
 
         def set_off() -> None:
-            timer.append(self.loop.call_later(delay_s, function))
+            self._later.append(call)
+            timer.append(self.loop.call_later(delay_s, call))
+
+        def call() -> None:
+            self._later.remove(call)
+            function()
 
         def take_back() -> None:
+            if call in self._later:
+                self._later.remove(call)
+                timer[0].cancel()
+
+        def take_back_there() -> None:
             with contextlib.suppress(PortalError):
-                self.call_soon(lambda: timer[0].cancel())  # noqa: PLW0108 - it is not there yet
+                self.call_soon(take_back)
 
         self.call_soon(set_off)
-        return take_back
+        return take_back_there
 
     def refuse_own(self) -> None:
         """Refuse to block the thread.
@@ -237,6 +248,8 @@ class LoopThread:
         finally:
             with self._gate:
                 self._closing = True
+            for function in self._later.copy():
+                function()
             try:
                 self.loop.run_until_complete(self._shut())
             finally:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from s3dcp._checksums import crc_of
-from s3dcp._collector import CollectorPause, collect_young, dismantle, spare_young
+from s3dcp._collector import CollectorPause, dismantle
 from s3dcp._errors import CorruptMetadataError
 from s3dcp._giving_way import free_later, give_way
 from s3dcp._opcodes import check_opcodes
@@ -229,7 +229,6 @@ def load_metadata(
     """
     data = _unsealed(data, source)
     with CollectorPause():
-        collect_young()
         try:
             metadata = (
                 pickle.load(_Frames(data))  # noqa: S301  # what `trusted` stands for
@@ -251,7 +250,6 @@ def load_metadata(
             raise CorruptMetadataError(
                 f"{source} is incomplete ({exc}): load an older checkpoint"
             ) from exc
-        spare_young()
     return metadata
 
 

@@ -152,6 +152,7 @@ class S3StorageReader(FileSystemReader):
             raise
         self.recording.lap("metadata")
         self._global_failure = None
+        self.recording.planning_pause.begin()
         return metadata
 
     def set_up_storage_reader(
@@ -161,11 +162,20 @@ class S3StorageReader(FileSystemReader):
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
         self._metadata = metadata
         self.recording.identify(self, str(self.path), self.rank, is_coordinator=is_coordinator)
-        self.recording.planning.begin()
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Sort the plan by where its items lie, and tell a DCP reader constructor the ranges."""
+        """Sort the plan by where its items lie, and tell a DCP reader constructor the ranges.
+
+        Raises:
+            CorruptMetadataError: the metadata does not say where an item is stored.
+        """
         free_later(plan.items)
+        with self.recording.during("plan"):
+            prepared = self._prepared(plan)
+        self.recording.planning_pause.end_if_others_plan()
+        return prepared
+
+    def _prepared(self, plan: LoadPlan) -> LoadPlan:
         plan.items.sort(key=self._place)
         if isinstance(self._reader_constructor, DCPS3ReaderConstructorProtocol):
             self._reader_constructor.set_item_ranges_by_file(
@@ -206,7 +216,7 @@ class S3StorageReader(FileSystemReader):
             IntegrityError: stored bytes differ from those that were saved.
             S3Exception: as the store. The targets' contents are then undefined.
         """
-        self.recording.planning.end()
+        self.recording.planning_pause.end()
         self.recording.lap("plan")
         with self.recording.during("read"):
             self._read(plan, planner)

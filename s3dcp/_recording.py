@@ -69,13 +69,13 @@ class Recording:
     Attributes:
         tally: Of its requests.
         meter: Of its items' bytes.
-        planning: Of the garbage collector. Whoever begins it may leave it to the end of all.
+        planning_pause: Of the collector; for whoever plans to begin, and ended with the rest.
     """
 
     def __init__(self, operation: Literal["save", "load"], uri: str, audience: Audience) -> None:
         self.tally = Tally()
         self.meter = Meter()
-        self.planning = PlanningPause()
+        self.planning_pause = PlanningPause()
         self._operation = operation
         self._audience = audience
         self._uri = uri
@@ -140,7 +140,7 @@ class Recording:
         self._end(None if error is None else type(error).__name__)
 
     def _end(self, error: str | None) -> None:
-        self.planning.end()
+        self.planning_pause.end()
         if self._ended or (self._rank is None and not self._phases):  # or has not begun
             return
         self._ended = True

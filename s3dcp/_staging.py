@@ -78,7 +78,7 @@ class Memory:
         self._kept.clear()
         self._share.__exit__()
         # Else its owner, and with it every tensor and plan, would wait for the garbage collector.
-        self._settle = bool
+        self._settle = _nothing_is_under_way
 
     def take(self, size_bytes: int) -> None:
         """Take bytes, as soon as there is room or nothing that could be waited for."""
@@ -129,6 +129,10 @@ class Memory:
         with self._pause.lifted():
             self._share.take(size_bytes)
         return True
+
+
+def _nothing_is_under_way() -> bool:
+    return False
 
 
 def bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -131,7 +131,7 @@ class S3StorageWriter(FileSystemWriter):
         self.recording, self._staged = self._staged or self._new_recording(), None
         self.recording.identify(self, str(self.path), self.rank, is_coordinator=is_coordinator)
         self._look = None
-        self.recording.planning.begin()
+        self.recording.planning_pause.begin()
 
     def stage(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """Copy the state dict to the CPU for an asynchronous save."""
@@ -154,7 +154,9 @@ class S3StorageWriter(FileSystemWriter):
         """
         free_later(plan.items)
         with self.recording.during("plan"):
-            return self._prepared(plan)
+            prepared = self._prepared(plan)
+        self.recording.planning_pause.end_if_others_plan()
+        return prepared
 
     def _prepared(self, plan: SavePlan) -> SavePlan:
         alone = not self.use_collectives
@@ -183,15 +185,17 @@ class S3StorageWriter(FileSystemWriter):
         Raises:
             S3Exception: the bucket cannot be used.
         """
-        if len(plans) > 1:
-            with self.recording.during("plan"):
+        with self.recording.during("plan"):
+            if len(plans) > 1:
                 self._looked()  # which fails all ranks, before any of them writes
-        return [
-            plan
-            if isinstance(plan.storage_data, StorageMetadata) and not self.use_collectives
-            else dataclasses.replace(plan, storage_data=StorageMetadata(self.prefix_strategy(rank)))
-            for rank, plan in enumerate(plans)
-        ]
+            return [
+                plan
+                if isinstance(plan.storage_data, StorageMetadata) and not self.use_collectives
+                else dataclasses.replace(
+                    plan, storage_data=StorageMetadata(self.prefix_strategy(rank))
+                )
+                for rank, plan in enumerate(plans)
+            ]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's items.
@@ -199,7 +203,7 @@ class S3StorageWriter(FileSystemWriter):
         Raises:
             S3Exception: one could not be written. Nothing of this plan is left behind.
         """
-        self.recording.planning.end()
+        self.recording.planning_pause.end()
         self.recording.lap("plan")
         free_later(plan.items)
         with self.recording.during("write"):

@@ -13,7 +13,6 @@ from s3dcp._collector import (
     _NEVER,
     CollectorPause,
     _in_force,
-    collect_young,
     dismantle,
     spare_young,
 )
@@ -69,20 +68,6 @@ def test_young_objects_become_old_ones() -> None:
     assert gc.get_freeze_count() == 0
 
 
-def test_what_is_no_garbage_then_grows_old(generations: list[int]) -> None:
-    collect_young()
-    assert generations == [1]
-
-
-def test_nothing_is_collected_where_it_is_off(generations: list[int]) -> None:
-    gc.disable()
-    try:
-        collect_young()
-    finally:
-        gc.enable()
-    assert not generations
-
-
 def test_what_someone_has_frozen_stays_so() -> None:
     gc.freeze()
     try:
@@ -103,6 +88,22 @@ def test_it_is_held_back_meanwhile() -> None:
 class Cycle:
     def __init__(self) -> None:
         self.itself = self
+
+
+def test_one_that_another_thread_ends_while_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    pause = CollectorPause()
+    get_threshold = gc.get_threshold
+
+    def meanwhile() -> tuple[int, int, int]:
+        found = get_threshold()
+        monkeypatch.undo()
+        pause.__exit__()
+        return found
+
+    monkeypatch.setattr(gc, "get_threshold", meanwhile)
+    with pause:
+        assert not pause.is_in_force
+        assert gc.get_threshold() == USUAL
 
 
 def test_new_objects_alone_are_collected_meanwhile(generations: list[int]) -> None:

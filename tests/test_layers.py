@@ -17,7 +17,7 @@ ROWS = {
     "errors": ["_errors", "_node", "_waiting"],
     "portal": [
         *("_giving_way", "_collector", "_calls", "_workers", "_loop_thread"),
-        *("_cancellation", "_portal", "_planning", "_budget"),
+        *("_cancellation", "_portal", "_budget"),
     ],
     "values": ["_config", "_keys", "_store"],
     "pure": ["_checksums", "_ranges", "_boxes", "_commit", "_formats", "_inventory", "_opcodes"],
@@ -28,7 +28,7 @@ ROWS = {
         *("_safetensors", "_hf_index"),
     ],
     "facade": [
-        *("_report", "_progress", "_telemetry", "_recording"),
+        *("_report", "_progress", "_telemetry", "_planning", "_recording"),
         *("_s3client", "_prefixes", "_streams", "_readers", "_ranged_reader", "_dcp_reader"),
         *("_constructors", "_transfers", "_filesystem", "_landing", "_saving", "_loading"),
         *("_writer", "_reader", "_group_reader", "_planner", "_checkpoint"),

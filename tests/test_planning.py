@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
 from s3dcp import (
     CheckpointExistsError,
+    CorruptMetadataError,
+    HexPrefixStrategy,
     PortalError,
     S3ClientConfig,
+    S3ConfigError,
     S3HuggingFaceStorageReader,
     S3HuggingFaceStorageWriter,
     S3StorageReader,
     S3StorageWriter,
+    _planning,
 )
-from s3dcp._collector import _NEVER, _in_force
+from s3dcp._collector import _NEVER, CollectorPause, _in_force
 from s3dcp._planning import PlanningPause
 from s3dcp._portal import Portal
 from s3dcp._saving import SavedItems
@@ -100,7 +107,13 @@ def test_it_is_held_back_while_dcp_plans(fake: FakeS3, writer: Any, reader: Any)
     assert not is_held_back()
 
 
-def test_a_save_that_dcp_gives_up_holds_it_back_no_longer_than_a_minute(
+def give_up() -> None:
+    writer = S3StorageWriter(None, uri_of("ck"))
+    with pytest.raises(ArithmeticError), unwrapped():
+        dcp.save(STATE, storage_writer=writer, planner=Failing(), no_dist=True)
+
+
+def test_what_dcp_gives_up_holds_it_back_for_seconds(
     fake: FakeS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lapses: list[tuple[float, Callable[[], object]]] = []
@@ -110,32 +123,100 @@ def test_a_save_that_dcp_gives_up_holds_it_back_no_longer_than_a_minute(
         return bool
 
     monkeypatch.setattr(Portal, "call_later", later)
-    writer = S3StorageWriter(None, uri_of("ck"))
-    with pytest.raises(ArithmeticError), unwrapped():
-        dcp.save(STATE, storage_writer=writer, planner=Failing(), no_dist=True)
-    [(delay_s, lapse)] = lapses
-    assert delay_s == 60
+    give_up()
+    give_up()
+    [(delay_s, lapse)] = lapses  # a second attempt does not prolong it
+    assert delay_s == 5
     assert is_held_back()
     lapse()
     assert not is_held_back()
 
 
-def test_a_save_that_was_refused_holds_it_back_no_longer(fake: FakeS3) -> None:
-    dcp.save(STATE, storage_writer=S3StorageWriter(None, uri_of("ck")), no_dist=True)
-    writer = S3StorageWriter(None, uri_of("ck"), overwrite=False)
-    with pytest.raises(CheckpointExistsError), unwrapped():
-        dcp.save(STATE, storage_writer=writer, no_dist=True)
+def test_the_portal_ends_it(fake: FakeS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_planning, "_LONGEST_S", 0.001)
+    ended = threading.Event()
+    exit_ = CollectorPause.__exit__
+
+    def noted(pause: CollectorPause, *exc_info: object) -> None:
+        exit_(pause, *exc_info)
+        ended.set()
+
+    monkeypatch.setattr(CollectorPause, "__exit__", noted)
+    give_up()
+    assert ended.wait(60)
     assert not is_held_back()
 
 
-def test_it_begins_anew_and_ends_at_once() -> None:
+class Refused(S3HuggingFaceStorageWriter):
+    """One that DCP tells of a save without collectives."""
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        super().set_up_storage_writer(is_coordinator, *args, rank=0, use_collectives=False)
+
+
+class Wrong(HexPrefixStrategy):
+    """A strategy that fails."""
+
+    def generate_prefix(self, rank: int) -> str:
+        raise ArithmeticError
+
+
+@pytest.mark.parametrize(
+    ("writer", "error"),
+    [
+        (partial(S3StorageWriter, overwrite=False), CheckpointExistsError),
+        (partial(S3StorageWriter, prefix_strategy=Wrong(epoch_num=1)), ArithmeticError),
+        (Refused, S3ConfigError),
+    ],
+)
+def test_a_save_that_was_refused_holds_it_back_no_longer(
+    fake: FakeS3, writer: Any, error: type[Exception]
+) -> None:
+    dcp.save(STATE, storage_writer=S3StorageWriter(None, uri_of("ck")), no_dist=True)
+    with pytest.raises(error), unwrapped():
+        dcp.save(STATE, storage_writer=writer(None, uri_of("ck")), no_dist=True)
+    assert not is_held_back()
+
+
+def test_a_load_that_was_refused_holds_it_back_no_longer(fake: FakeS3) -> None:
+    dcp.save(STATE, storage_writer=S3StorageWriter(None, uri_of("ck")), no_dist=True)
+    reader = S3StorageReader(None, uri_of("ck"))
+    setup = reader.set_up_storage_reader
+
+    def forget(metadata: Any, *args: Any, **kwargs: Any) -> None:
+        setup(metadata, *args, **kwargs)
+        reader.storage_data = {}
+
+    reader.set_up_storage_reader = forget  # type: ignore[method-assign]
+    with pytest.raises(CorruptMetadataError), unwrapped():
+        dcp.load(dict(STATE), storage_reader=reader, no_dist=True)
+    assert not is_held_back()
+
+
+@pytest.mark.parametrize(("ranks", "held_back"), [(1, True), (2, False)])
+def test_it_does_not_last_while_others_plan(
+    monkeypatch: pytest.MonkeyPatch, ranks: int, *, held_back: bool
+) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_world_size", lambda: ranks)
     pause = PlanningPause()
+    pause.begin()
+    pause.end_if_others_plan()
+    assert is_held_back() == held_back
     pause.end()
+
+
+def test_there_is_one_at_a_time() -> None:
+    pause, other = PlanningPause(), PlanningPause()
     pause.begin()
-    pause.begin()
+    other.begin()
+    other.end()
     assert is_held_back()
     pause.end()
     assert not is_held_back()
+    other.begin()
+    assert is_held_back()
+    other.end()
 
 
 def test_without_a_portal_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,8 +262,10 @@ class TestLater:
         assert not called
 
     def test_after_the_end(self, own: Portal) -> None:
-        take_back = own.call_later(60.0, bool)
+        called = threading.Event()
+        take_back = own.call_later(60.0, called.set)
         own.close()
+        assert called.is_set()
         take_back()
         with pytest.raises(PortalError, match="has ended"):
             own.call_later(60.0, bool)

@@ -125,7 +125,7 @@ class LoopThread:
     ) -> None:
         self._at_end = at_end
         self._closers: list[Callable[[], Awaitable[None]]] = []
-        self._later: list[Callable[[], object]] = []
+        self._later: dict[Callable[[], None], asyncio.TimerHandle] = {}
         # Held to hand the loop a callback, and to close: none is queued behind the loop's end. A
         # finalizer may come in between on the same thread.
         self._gate = threading.RLock()
@@ -184,20 +184,17 @@ class LoopThread:
         Raises:
             PortalError: the loop has ended.
         """
-        timer: list[asyncio.TimerHandle] = []
-
-        def set_off() -> None:
-            self._later.append(call)
-            timer.append(self.loop.call_later(delay_s, call))
 
         def call() -> None:
-            self._later.remove(call)
+            del self._later[call]
             function()
 
+        def set_off() -> None:
+            self._later[call] = self.loop.call_later(delay_s, call)
+
         def take_back() -> None:
-            if call in self._later:
-                self._later.remove(call)
-                timer[0].cancel()
+            if (timer := self._later.pop(call, None)) is not None:
+                timer.cancel()
 
         def take_back_there() -> None:
             with contextlib.suppress(PortalError):
@@ -248,8 +245,8 @@ class LoopThread:
         finally:
             with self._gate:
                 self._closing = True
-            for function in self._later.copy():
-                function()
+            for call in tuple(self._later):
+                call()
             try:
                 self.loop.run_until_complete(self._shut())
             finally:

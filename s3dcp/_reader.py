@@ -272,8 +272,7 @@ class S3StorageReader(FileSystemReader):
     def _damaged(self, sinfo: _StorageInfo) -> IntegrityError:
         # torch does not say whose item it asks for.
         names = [index.fqn for index, info in self.storage_data.items() if info is sinfo]
-        base = parse_s3_uri(self.path)
-        uri = S3Uri(base.bucket, join(base.key, sinfo.relative_path))
+        uri = self._uri_of(sinfo.relative_path)
         return damaged(", ".join(names), uri, sinfo.offset, sinfo.offset + sinfo.length)
 
     def _read_ranges(

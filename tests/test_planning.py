@@ -43,7 +43,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is :UserWarning")
 
-STATE = {"layer.weight": torch.arange(300_000.0), "layer.bias": torch.ones(3), "step": 7}
+TENSORS = {"layer.weight": torch.arange(300_000.0), "layer.bias": torch.ones(3)}
+STATE = {**TENSORS, "step": 7}
 PAIRS = [
     (S3StorageWriter, S3StorageReader),
     (S3HuggingFaceStorageWriter, S3HuggingFaceStorageReader),
@@ -96,13 +97,14 @@ class Failing(DefaultSavePlanner):
 
 @pytest.mark.parametrize(("writer", "reader"), PAIRS)
 def test_it_is_held_back_while_dcp_plans(fake: FakeS3, writer: Any, reader: Any) -> None:
-    state = {name: value for name, value in STATE.items() if isinstance(value, torch.Tensor)}
     saving, loading = WatchedSave(), WatchedLoad()
-    dcp.save(state, storage_writer=writer(None, uri_of("ck")), planner=saving, no_dist=True)
+    dcp.save(TENSORS, storage_writer=writer(None, uri_of("ck")), planner=saving, no_dist=True)
     assert saving.seen == {"local": True, "global": True}
     assert not is_held_back()
 
-    dcp.load(state, storage_reader=reader(None, uri_of("ck")), planner=loading, no_dist=True)
+    dcp.load(
+        dict(TENSORS), storage_reader=reader(None, uri_of("ck")), planner=loading, no_dist=True
+    )
     assert loading.seen == {"local": True, "global": True}
     assert not is_held_back()
 
@@ -232,16 +234,17 @@ def test_without_a_portal_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None
 
 @pytest.mark.parametrize(("writer", "reader"), PAIRS)
 def test_nothing_of_a_save_or_load_waits_for_it(fake: FakeS3, writer: Any, reader: Any) -> None:
-    state = {name: value for name, value in STATE.items() if isinstance(value, torch.Tensor)}
 
     def save() -> weakref.ref[Any]:
         planner = DefaultSavePlanner()
-        dcp.save(state, storage_writer=writer(None, uri_of("ck")), planner=planner, no_dist=True)
+        dcp.save(TENSORS, storage_writer=writer(None, uri_of("ck")), planner=planner, no_dist=True)
         return weakref.ref(planner)
 
     def load() -> weakref.ref[Any]:
         planner = DefaultLoadPlanner()
-        dcp.load(state, storage_reader=reader(None, uri_of("ck")), planner=planner, no_dist=True)
+        dcp.load(
+            dict(TENSORS), storage_reader=reader(None, uri_of("ck")), planner=planner, no_dist=True
+        )
         return weakref.ref(planner)
 
     gc.disable()

@@ -17,10 +17,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import aiobotocore
 import botocore
 import pytest
 import uvloop
 from botocore.loaders import JSONFileLoader
+from botocore.utils import parse_timestamp
 
 from s3dcp import (
     BucketNotFoundError,
@@ -169,6 +171,42 @@ def test_a_bucket_to_list_is_no_path() -> None:
             await anext(S3Client("us-east-1").list_objects("bucket/a"))
 
     asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("said", "is_simple"),
+    [
+        ("Wed, 21 Oct 2015 07:28:00 GMT", True),
+        ("Wed, 1 Jul 2015 07:28:00 +0200", False),
+        ("Wed, 1 Jul 2015 07:28:00 -0000", False),
+        ("2009-10-12T17:50:30.000Z", True),
+        ("2009-10-12T17:50:30Z", True),
+        ("2009-10-12T17:50:30.123456789Z", True),
+        ("2009-10-12T19:50:30+02:00", True),
+        ("2009-10-12T17:50:30", True),
+        ("2009-10-12T17:50:30 UTC", False),
+        ("Wednesday, 21-Oct-15 07:28:00 GMT", True),
+        ("2015 Oct 21 07:28:00 GMT", False),
+        ("2009-10-12 17:50:30", False),
+        ("1445412480", False),
+        (1445412480, False),
+        (1445412480.5, False),
+    ],
+)
+def test_times_are_what_botocore_reads_itself(
+    monkeypatch: pytest.MonkeyPatch, said: object, is_simple: bool
+) -> None:
+    expected: datetime = parse_timestamp(said)
+    asked: list[object] = []
+
+    def slowly(text: object) -> datetime:
+        asked.append(text)
+        return expected
+
+    monkeypatch.setattr(_client, "parse_timestamp", slowly)
+    found = _client._moment(said)
+    assert (found, found.utcoffset()) == (expected, expected.utcoffset())
+    assert asked == ([] if is_simple else [said])
 
 
 @pytest.mark.parametrize(
@@ -633,5 +671,18 @@ class TestAnswers:
             assert sums == ({checksum} if checksum else set())
             assert headers["content-length"] == "200000"
             assert headers["x-amz-content-sha256"] == "UNSIGNED-PAYLOAD"
-            assert "lib/s3dcp" in headers["user-agent"]
             assert {"expect", "transfer-encoding", "content-encoding"}.isdisjoint(headers)
+
+    def test_who_asks(self, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
+        def agent() -> str:
+            _, [request] = ask(
+                lambda _: answer(200, ETag='"e"'), lambda c: c.head_object("bucket", "key")
+            )
+            return request.headers["user-agent"]
+
+        for name in (f"aiobotocore/{aiobotocore.__version__}", f"botocore/{botocore.__version__}"):
+            assert agent().count(name) == 1
+        assert agent().endswith(" lib/s3dcp")
+        monkeypatch.setenv("AWS_SDK_UA_APP_ID", "trainer 7")
+        assert "app/trainer-7" in agent().split()
+        assert agent().endswith(" lib/s3dcp")

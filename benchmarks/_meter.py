@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 import time
 from contextlib import suppress
@@ -32,7 +31,6 @@ class Meter:
     peak_bytes: int | None
 
     def __enter__(self) -> Self:
-        gc.collect()
         self._resident = _kernel_says("VmRSS") if _reset_high_water() else None
         self._cpu_s = _cpu_s()
         self._start_s = time.perf_counter()

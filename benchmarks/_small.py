@@ -12,7 +12,7 @@ def small(lab: Lab) -> Section:
     shape = lab.sizes.small
     backends = [OURS, REFERENCE, SLOWEST, "disk", PLANNING]
     with lab.server() as server, lab.clients(server, alike(backends, shape)) as clients:
-        saves, loads = lab.save_and_load(clients, lab.slowest_once)
+        saves, loads = lab.save_and_load(clients, lab.more_often)
     return Section(
         row="small",
         title="Small tensors",

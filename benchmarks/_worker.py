@@ -37,7 +37,7 @@ class Worker:
         """Go to another server."""
         os.environ.update(environ)
         self._backends.clear()
-        if quick:  # a full collection before each measurement takes longer than that
+        if quick:  # a full collection of all that torch made takes longer than the rest
             gc.freeze()
         return {}
 
@@ -46,13 +46,16 @@ class Worker:
         self._backend(backend)
         if shape is not None:
             self._state(shape)
+        gc.collect()  # later on it runs when it is due, as in a program
         return {}
 
     def save(self, backend: str, shape: list[int], name: str, *, keep: bool) -> Answer:
         """Save a state dict."""
         state, chosen = self._state(shape), self._backend(backend)
         measured = _measured(_states.nbytes(state), chosen.saving(state, name, keep=keep))
-        if not keep:
+        if keep:
+            gc.collect()  # as above: that was to have what loads need
+        else:
             chosen.tidy(name)
         return measured
 

@@ -14,6 +14,8 @@ from typing import TypeGuard
 from awscrt import checksums as _crt
 
 from s3dcp._config import ChecksumName
+from s3dcp._errors import IntegrityError
+from s3dcp._keys import S3Uri
 from s3dcp._store import Checksum, Views
 
 #: The CRC that every item carries in the checkpoint's metadata, whatever the store is sent.
@@ -85,3 +87,13 @@ def decoded(algorithm: ChecksumName, text: str) -> Checksum | None:
     if len(raw) != _ALGORITHMS[algorithm].size_bytes:
         return None
     return Checksum(algorithm, int.from_bytes(raw, "big"))
+
+
+def damaged(name: str, uri: S3Uri, start: int, end: int) -> IntegrityError:
+    """Return the error for an object's bytes [start, end) that are not what was saved."""
+    return IntegrityError(
+        f"{name}: bytes [{start}, {end}) of {uri} differ from those that were saved (CRC64NVME): "
+        "load an older checkpoint",
+        bucket=uri.bucket,
+        key=uri.key,
+    )

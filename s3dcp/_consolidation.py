@@ -21,7 +21,7 @@ from functools import partial
 import torch
 
 from s3dcp._boxes import Box, slabs
-from s3dcp._checksums import combine
+from s3dcp._checksums import combine, damaged
 from s3dcp._config import S3ClientConfig
 from s3dcp._downloads import Downloads, discard
 from s3dcp._errors import S3ConfigError
@@ -37,7 +37,6 @@ from s3dcp._hf_index import (
     numbered,
 )
 from s3dcp._keys import S3Uri, parse_s3_uri
-from s3dcp._landing import damaged
 from s3dcp._metadata import ItemCrcs
 from s3dcp._portal import offload
 from s3dcp._publish import delete_quietly

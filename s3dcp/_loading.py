@@ -30,13 +30,11 @@ from s3dcp._errors import S3Exception
 from s3dcp._flow import Channel, wait_all
 from s3dcp._framing import memory_of
 from s3dcp._giving_way import give_way
+from s3dcp._items import Item, check_place, group
 from s3dcp._keys import S3Uri
 from s3dcp._landing import (
-    Item,
-    check_place,
     copy_request,
     copy_to_device,
-    group,
     rows_of,
     settle_place,
     stored_tensor,

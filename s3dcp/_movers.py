@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
 
-from s3dcp._checksums import combine, crcs_of
+from s3dcp._checksums import combine, crcs_of, damaged
 from s3dcp._config import MiB
 from s3dcp._copies import Checks, Item, changed
 from s3dcp._disk import fill, naming, own, partial_of
@@ -28,7 +28,6 @@ from s3dcp._downloads import Downloads
 from s3dcp._errors import ObjectNotFoundError, PreconditionFailedError
 from s3dcp._flow import wait_all
 from s3dcp._keys import S3Uri
-from s3dcp._landing import damaged
 from s3dcp._places import Bucket, Folder, Place
 from s3dcp._portal import offload
 from s3dcp._ranges import cut, span_bytes

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
-from s3dcp._checksums import crc_of
+from s3dcp._checksums import crc_of, damaged
 from s3dcp._commit import Found, metadata_name
 from s3dcp._config import S3ClientConfig
 from s3dcp._constructors import (
@@ -35,7 +35,6 @@ from s3dcp._filesystem import S3FileSystem
 from s3dcp._formats import INDEX_NAME, MANIFEST_NAME, SINGLE_NAME
 from s3dcp._giving_way import free_later
 from s3dcp._keys import S3Uri, child_key, join, parse_s3_uri
-from s3dcp._landing import damaged
 from s3dcp._loading import LoadedItems
 from s3dcp._metadata import crcs_of, load_metadata
 from s3dcp._progress import ProgressCallback

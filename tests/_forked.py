@@ -182,7 +182,7 @@ if __name__ == "__main__":
     signal.pthread_sigmask(signal.SIG_BLOCK, [_GO])  # of every thread to come
     for preloaded in _PRELOADED:
         import_module(preloaded)
-    client = import_module("s3dcp._client")
-    client._preload(client._loader(None))  # botocore's models
+    botocore = import_module("s3dcp._botocore")
+    botocore._preload(botocore._loader(None))  # its models
     with closing(socket.socket(fileno=int(sys.argv[1]))) as theirs:
         _serve(theirs)

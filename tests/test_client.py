@@ -35,7 +35,7 @@ from s3dcp import (
     S3Exception,
     S3ProtocolError,
     ServerError,
-    _client,
+    _botocore,
 )
 from s3dcp._keys import S3Uri
 from s3dcp._portal import portal
@@ -203,8 +203,8 @@ def test_times_are_what_botocore_reads_itself(
         asked.append(text)
         return expected
 
-    monkeypatch.setattr(_client, "parse_timestamp", slowly)
-    found = _client._moment(said)
+    monkeypatch.setattr(_botocore, "parse_timestamp", slowly)
+    found = _botocore._moment(said)
     assert (found, found.utcoffset()) == (expected, expected.utcoffset())
     assert asked == ([] if is_simple else [said])
 
@@ -215,13 +215,13 @@ def test_times_are_what_botocore_reads_itself(
 def test_models_are_what_botocore_reads_itself(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     made: list[object] = []
 
-    def noted(pairs: list[tuple[str, Any]], ordered: Any = _client._ordered) -> Any:
+    def noted(pairs: list[tuple[str, Any]], ordered: Any = _botocore._ordered) -> Any:
         made.append(found := ordered(pairs))
         return found
 
-    monkeypatch.setattr(_client, "_ordered", noted)
+    monkeypatch.setattr(_botocore, "_ordered", noted)
     path = str(Path(botocore.__file__).parent / "data" / name)
-    found = _client._ModelFiles().load_file(path)
+    found = _botocore._ModelFiles().load_file(path)
     assert found == JSONFileLoader().load_file(path)
     assert not found or found is made[-1]  # each object by a call of Python's
 

@@ -25,8 +25,8 @@ from s3dcp import IntegrityError, S3ClientConfig
 from s3dcp._budget import Share, budget
 from s3dcp._errors import CorruptMetadataError
 from s3dcp._framing import frame_for, memory_of
+from s3dcp._items import Stored, needed_ranges
 from s3dcp._keys import S3Uri
-from s3dcp._landing import Stored, needed_ranges
 from s3dcp._loading import LoadedItems
 from s3dcp._metadata import ItemCrcs
 from s3dcp._portal import portal

@@ -22,15 +22,19 @@ ROWS = {
     "values": ["_config", "_keys", "_store"],
     "pure": ["_checksums", "_ranges", "_boxes", "_commit", "_formats", "_inventory", "_opcodes"],
     "engine": ["_pacing", "_tally", "_flow", "_uploads", "_downloads", "_publish"],
-    "transport": ["_receive", "_sockets", "_turns", "_payload", "_failures", "_client", "_spread"],
+    "transport": [
+        *("_receive", "_sockets", "_turns", "_payload", "_failures"),
+        *("_botocore", "_client", "_spread"),
+    ],
     "tensors": [
-        *("_torch_internals", "_metadata", "_framing", "_layouts", "_staging"),
+        *("_torch_internals", "_pickles", "_metadata", "_framing", "_layouts", "_staging"),
         *("_safetensors", "_hf_index"),
     ],
     "facade": [
         *("_report", "_progress", "_telemetry", "_planning", "_recording"),
         *("_s3client", "_prefixes", "_streams", "_readers", "_ranged_reader", "_dcp_reader"),
-        *("_constructors", "_transfers", "_filesystem", "_landing", "_saving", "_loading"),
+        *("_constructors", "_transfers", "_filesystem"),
+        *("_items", "_landing", "_saving", "_loading"),
         *("_writer", "_reader", "_group_reader", "_planner", "_checkpoint"),
         *("_hf_files", "_survey", "_catalog", "_verifying"),
         *("_copies", "_disk", "_places", "_manifests", "_movers", "_sending", "_copying", "_bench"),

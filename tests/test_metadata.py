@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from s3dcp import _metadata
+from s3dcp import _metadata, _pickles
 from s3dcp._errors import CorruptMetadataError
 from s3dcp._metadata import (
     ItemCrcs,
@@ -120,7 +120,7 @@ def test_python_code_runs_between_frames(monkeypatch: pytest.MonkeyPatch) -> Non
         assert max(pieces) < 100_000
         pieces.clear()
 
-    class Noted(_metadata._Frames):
+    class Noted(_pickles._Frames):
         def read(self, size: int | None = -1, /) -> bytes:
             pieces.append(len(data := super().read(size)))
             return data
@@ -129,7 +129,7 @@ def test_python_code_runs_between_frames(monkeypatch: pytest.MonkeyPatch) -> Non
             pieces.append(len(buffer))
             return super().write(buffer)
 
-    monkeypatch.setattr(_metadata, "_Frames", Noted)
+    monkeypatch.setattr(_pickles, "_Frames", Noted)
     data = dump_metadata(sample(5000))
     check()
     load(data)
@@ -139,7 +139,7 @@ def test_python_code_runs_between_frames(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_pickling_made_is_freed_later(monkeypatch: pytest.MonkeyPatch) -> None:
     """A pickler that is freed frees it all at once."""
     later: list[list[object]] = []
-    monkeypatch.setattr(_metadata, "free_later", later.append)
+    monkeypatch.setattr(_pickles, "free_later", later.append)
     metadata = sample(1000)
 
     dump_metadata(metadata)
@@ -416,7 +416,7 @@ def short(text: str) -> bytes:
     return b"\x8c" + bytes([len(text)]) + text.encode()
 
 
-@pytest.mark.parametrize(("module", "name"), _metadata._GLOBALS)
+@pytest.mark.parametrize(("module", "name"), _pickles._GLOBALS)
 def test_nothing_that_is_admitted_can_be_altered(module: str, name: str) -> None:
     """BUILD sets attributes on whatever it finds on the stack."""
     try:
@@ -424,7 +424,7 @@ def test_nothing_that_is_admitted_can_be_altered(module: str, name: str) -> None
     except (ImportError, AttributeError):  # another Python's pathlib
         real = None
     before = dict(vars(real)) if isinstance(real, type) else {}
-    stand_in = _metadata._GLOBALS[module, name]
+    stand_in = _pickles._GLOBALS[module, name]
     for attribute in ("__setstate__", "__reduce_ex__", "__eq__", "offset", "cache"):
         for state in (
             b"}" + short(attribute) + b"K\x01s",  # {attribute: 1} goes into __dict__
@@ -439,7 +439,7 @@ def test_nothing_that_is_admitted_can_be_altered(module: str, name: str) -> None
 
 
 def test_memory_formats_cannot_be_altered() -> None:
-    encoding = global_of(_metadata._METADATA, "_MEM_FORMAT_ENCODING") + b"K\x00\x85R"
+    encoding = global_of(_pickles._METADATA, "_MEM_FORMAT_ENCODING") + b"K\x00\x85R"
     for state in (b"}" + short("_value_") + b"K\x02s", b"N}" + short("_value_") + b"K\x02s\x86"):
         with pytest.raises(CorruptMetadataError):
             load(b"\x80\x04" + encoding + state + b"b.")

@@ -42,8 +42,8 @@ from s3dcp import (
     S3StorageReader,
     S3StorageWriter,
     UnsafeItemError,
+    _pickles,
 )
-from s3dcp import _metadata as metadata_module
 from s3dcp._metadata import dump_metadata, load_metadata
 from s3dcp._opcodes import OpcodeError, check_opcodes
 from s3dcp.testing import FakeS3, Refuse
@@ -194,7 +194,7 @@ BOMBS: dict[str, bytes] = {
         b"\x80\x04" + ORDERED + LONG_DICT + b"\x94(" + b"h\x00h\x01\x85R" * 1000 + b"t."
     ),
     "an entry's name of a billion parts": (
-        b"\x80\x04" + global_of(metadata_module._METADATA, "Metadata") + b")\x81}\x8c\x13"
+        b"\x80\x04" + global_of(_pickles._METADATA, "Metadata") + b")\x81}\x8c\x13"
         b"state_dict_metadata}]\x94"
         + b"".join(b"](h" + bytes([n]) + b"h" + bytes([n]) + b"e\x94" for n in range(60))
         + b"h\x3cNssb."
@@ -351,11 +351,11 @@ class TestNames:
 
     def test_a_stand_in_keeps_no_state(self) -> None:
         """BUILD sets attributes, a function's defaults among them, on what it finds."""
-        for (module, name), stand_in in metadata_module._GLOBALS.items():
+        for (module, name), stand_in in _pickles._GLOBALS.items():
             if isinstance(stand_in, (torch.dtype, torch.layout)):
                 continue
             assert isinstance(stand_in, type), (module, name)
-            assert type(stand_in) is metadata_module._Sealed, (module, name)
+            assert type(stand_in) is _pickles._Sealed, (module, name)
             with pytest.raises(AttributeError):
                 stand_in.x = 1
             with pytest.raises(AttributeError):

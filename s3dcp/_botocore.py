@@ -154,11 +154,14 @@ def _preload(loader: Any) -> None:
 def _user_agent(session: Any) -> str | None:
     """Return a constant one: botocore puts its own together twice a request, a tenth of its time.
 
-    None, which is botocore's own, where it is to carry the id of the user's application.
+    None, which is botocore's own, where it is to carry the id of the user's application, or where
+    the environment has something that no header can hold.
     """
-    if session.get_config_variable("user_agent_appid"):
-        return None
     agent: str = session.user_agent()
+    if session.get_config_variable("user_agent_appid") or not (
+        agent.isascii() and agent.isprintable()
+    ):
+        return None
     session.user_agent_extra = ""  # is in it, and would be added again
     return agent
 
@@ -174,7 +177,7 @@ def _moment(text: object) -> datetime:
     """
     try:
         if isinstance(text, str):
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(OverflowError, ValueError):
                 if _ISO_8601.match(text):
                     return datetime.fromisoformat(text)
                 if text.endswith(" GMT"):

@@ -565,7 +565,9 @@ class TestAnswers:
         # botocore takes it for one of S3's errors after a 200.
         assert type(outcome) in {S3ProtocolError, ServerError}
 
-    @pytest.mark.parametrize("said", ["yesterday", "", "9" * 40])
+    @pytest.mark.parametrize(
+        "said", ["yesterday", "", "9" * 40, f"Wed, 21 Oct {'9' * 40} 07:28:00 GMT"]
+    )
     def test_no_time(self, ask: Ask, said: str) -> None:
         outcome, requests = ask(
             lambda _: answer(200, Last_Modified=said, ETag='"e"'),
@@ -683,6 +685,10 @@ class TestAnswers:
         for name in (f"aiobotocore/{aiobotocore.__version__}", f"botocore/{botocore.__version__}"):
             assert agent().count(name) == 1
         assert agent().endswith(" lib/s3dcp")
+        monkeypatch.setenv("AWS_EXECUTION_ENV", "cluster")
+        assert "exec-env/cluster" in agent().split()
+        monkeypatch.setenv("AWS_EXECUTION_ENV", "a\nb: c")  # which botocore makes a name of
+        assert "exec-env/a-b--c" in agent().split()
         monkeypatch.setenv("AWS_SDK_UA_APP_ID", "trainer 7")
         assert "app/trainer-7" in agent().split()
         assert agent().endswith(" lib/s3dcp")

@@ -38,8 +38,10 @@ _METHOD = """\
 - Every backend has a process of its own for each row. What is measured is one `dcp.save` or
   `dcp.load` in it, with a writer or reader made just before. Backends take turns, so that all see
   the same machine. Figures are medians, the first run of a process included. s3fs has fewer runs
-  than the others, as it takes several times as long. Python's garbage collector runs when it is
-  due, as in a training script.
+  than the others, as it takes several times as long. Of small tensors s3dcp and the planning alone
+  have twice as many, the second half by themselves.
+- Python's garbage collector runs when it is due, as in a training script. Only before the row of
+  disturbance, and between a save that is kept and the first load, is there a full collection.
 - Of each tensor of a backend's first load a CRC is compared with that of what was saved.
 - cpu-s/GiB is user and system time of the client's process and its children.
 - All run with their default settings, but for two. Addresses are path-style. s3fs sends no

@@ -15,7 +15,7 @@ _COLLECTOR = (
 #: By row and metric, as in `_targets.TARGETS`.
 REMARKS: dict[tuple[str, str], str] = {
     ("bulk", "save: GiB/s, times the reference's"): (
-        "The same 0.44 to 0.48 cpu-s/GiB gave 1.5 to 2.3 GiB/s in runs of one week, 1.8 to 2.7 "
+        "It was 1.5 to 2.8 GiB/s in runs of one week, with 0.35 to 0.54 cpu-s/GiB, 1.8 to 2.9 "
         "times the reference's: client and server fill both cores, and on this machine these are "
         "not always there. The loop's thread is the longest: half of its time are the kernel's "
         "copies; botocore takes 0.7 ms to make a request."
@@ -61,7 +61,7 @@ REMARKS: dict[tuple[str, str], str] = {
     ),
     ("slow", "load: times faster than the reference"): (
         "After the metadata, 50 requests of 10 MiB are on the wire at once. The loop takes 0.7 ms "
-        "to make each of them, the store 30 ms to answer, and the link 0.18 s: 0.29 s at the "
+        "to make each of them, the store 30 ms to answer, and the link 0.18 s: 0.28 s at the "
         "least. "
         "The rest is CPU time, of which client and server take 0.4 s on the two cores."
     ),

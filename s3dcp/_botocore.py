@@ -167,6 +167,7 @@ def _user_agent(session: Any) -> str | None:
 
 
 _ISO_8601 = re.compile(r"\d{4}-\d\d-\d\dT")
+_HTTP_DATE = re.compile(r"[A-Z][a-z]{2}, \d\d [A-Z][a-z]{2} \d{4} \d\d:\d\d:\d\d GMT")
 
 
 def _moment(text: object) -> datetime:
@@ -177,10 +178,10 @@ def _moment(text: object) -> datetime:
     """
     try:
         if isinstance(text, str):
-            with contextlib.suppress(OverflowError, ValueError):
+            with contextlib.suppress(ValueError):
                 if _ISO_8601.match(text):
                     return datetime.fromisoformat(text)
-                if text.endswith(" GMT"):
+                if _HTTP_DATE.fullmatch(text):
                     return parsedate_to_datetime(text)
         moment: datetime = parse_timestamp(text)
     except (RuntimeError, ValueError) as exc:

@@ -33,7 +33,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from aiobotocore.session import AioSession
 
-from s3dcp import S3ClientConfig, S3StorageWriter, _client, _publish
+from s3dcp import S3ClientConfig, S3StorageWriter, _botocore, _publish
 from s3dcp.testing import Record
 from tests._forked import fork_server
 from tests._states import KiB, MiB, StateDict, fill
@@ -262,7 +262,7 @@ def _save(
                 timeout=timedelta(seconds=_TIMEOUT_S / 2),
             )
         with (
-            mock.patch.object(_client, "AioSession", session),
+            mock.patch.object(_botocore, "AioSession", session),
             # A machine that is slow makes no request more.
             mock.patch.object(_publish, "_RECENT_S", math.inf),
         ):

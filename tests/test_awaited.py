@@ -105,8 +105,9 @@ KEYS = 1000
         pytest.param(s3dcp.asave, "_checkpoint", KEYS, id="each-is-logged"),
         pytest.param(s3dcp.asave, "_saving", KEYS, id="each-is-copied"),
         pytest.param(s3dcp.aload, "_loading", KEYS, id="each-is-checked"),
-        pytest.param(s3dcp.asave, "_metadata", 2, id="frames-are-pickled"),
-        pytest.param(s3dcp.aload, "_metadata", 2 * KEYS + 2, id="each-is-unpickled-and-looked-at"),
+        pytest.param(s3dcp.asave, "_pickles", 2, id="frames-are-pickled"),
+        pytest.param(s3dcp.aload, "_pickles", 2, id="frames-are-unpickled"),
+        pytest.param(s3dcp.aload, "_metadata", 2 * KEYS, id="each-is-looked-at"),
         pytest.param(s3dcp.aload, "_collector", 3 * KEYS, id="objects-are-freed"),
     ],
 )

@@ -122,11 +122,6 @@ class Lab:
         """Return the same for rows in which s3fs takes minutes."""
         return 1 if backend == SLOWEST else self.sizes.repeat
 
-    def more_often(self, backend: str) -> int:
-        """Return the same, with more of what differs from run to run by a collection or none."""
-        often = 2 if backend in {OURS, PLANNING} else 1
-        return often * self.slowest_once(backend)
-
     @contextmanager
     def server(self, *, tls: bool = False, slow: bool = False) -> Iterator[Server]:
         """Start a server. What it holds goes with it.

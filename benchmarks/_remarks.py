@@ -62,8 +62,7 @@ REMARKS: dict[tuple[str, str], str] = {
     ("slow", "load: times faster than the reference"): (
         "After the metadata, 50 requests of 10 MiB are on the wire at once. The loop takes 0.7 ms "
         "to make each of them, the store 30 ms to answer, and the link 0.18 s: 0.28 s at the "
-        "least. "
-        "The rest is CPU time, of which client and server take 0.4 s on the two cores."
+        "least. The rest is CPU time, of which client and server take 0.4 s on the two cores."
     ),
     ("slow", "save: times faster than the reference"): (
         "Four requests follow one another, 30 ms each: the look at what is there, beside which the "

@@ -151,7 +151,7 @@ def _preload(loader: Any) -> None:
         loader.load_data(data)
 
 
-def _user_agent(session: Any) -> str | None:
+def _user_agent(session: AioSession) -> str | None:
     """Return a constant one: botocore puts its own together twice a request, a tenth of its time.
 
     None, which is botocore's own, where it is to carry the id of the user's application, or where

@@ -356,17 +356,19 @@ class S3Store:
         if self._client is None:
             async with self._opening:
                 if self._client is None:
-                    session = await new_session(self._config)
-                    found = session.get_config_variable("max_attempts")
-                    self.max_attempts = self._config.attempts(found)
-                    client = await self._exit.enter_async_context(
-                        new_client(session, self._region, self._config)
-                    )
-                    host = urlsplit(client.meta.endpoint_url).hostname or ""
-                    if self.conditional_writes is None and _AWS_HOST.search(host):
-                        self.conditional_writes = True
-                    self._client = client
+                    self._client = await self._make()
         return self._client
+
+    async def _make(self) -> Any:
+        session = await new_session(self._config)
+        self.max_attempts = self._config.attempts(session.get_config_variable("max_attempts"))
+        client = await self._exit.enter_async_context(
+            new_client(session, self._region, self._config)
+        )
+        host = urlsplit(client.meta.endpoint_url).hostname or ""
+        if self.conditional_writes is None and _AWS_HOST.search(host):
+            self.conditional_writes = True
+        return client
 
 
 def _given(**args: str | None) -> dict[str, str]:

@@ -674,6 +674,7 @@ class TestAnswers:
             assert sums == ({checksum} if checksum else set())
             assert headers["content-length"] == "200000"
             assert headers["x-amz-content-sha256"] == "UNSIGNED-PAYLOAD"
+            assert "lib/s3dcp" in headers["user-agent"]
             assert {"expect", "transfer-encoding", "content-encoding"}.isdisjoint(headers)
 
     def test_who_asks(self, ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,8 +239,6 @@ class _Output:
         sums = sorted(self._written[fqn])
         whole = combine((crc, size) for _, crc, size in sums)
         block = block_bytes(entry.end - entry.start, entry.row_bytes)
-        if block is None:
-            return ItemCrcs(whole)
         by_block: defaultdict[int, list[tuple[int, int]]] = defaultdict(list)
         for at, crc, size in sums:
             by_block[(at - entry.start) // block].append((crc, size))
@@ -307,7 +305,7 @@ class _Output:
             yield "", start, memory[: self._header.end - start]
         for fqn, entry, a, b in self._within(start, end):
             size = entry.end - entry.start
-            block = block_bytes(size, entry.row_bytes) or size
+            block = block_bytes(size, entry.row_bytes)
             for x, y in cut(a, b, block, entry.start):
                 yield fqn, x, memory[x - start : y - start]
 

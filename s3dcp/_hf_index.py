@@ -140,7 +140,7 @@ def _checked(weight_map: dict[str, Any]) -> dict[str, str]:
 
 def _packed(crcs: ItemCrcs) -> object:
     whole = f"{crcs.item:016x}"
-    if crcs.block_bytes is None:
+    if len(crcs.blocks) < 2:
         return whole
     blocks = struct.pack(f"<{len(crcs.blocks)}Q", *crcs.blocks)
     return [whole, crcs.block_bytes, base64.b64encode(blocks).decode()]

@@ -82,7 +82,7 @@ def _exact_range(item: Item, targets: list[torch.Tensor]) -> tuple[int, int] | N
 
 
 def _may_be_transposed(crcs: ItemCrcs, stored: Stored) -> bool:
-    """Return whether our own writer stored strides, which is why it made no blocks of rows."""
+    """Return whether our own writer stored strides, which is why it made no block of rows."""
     data_bytes = stored.frame.data_bytes
     if crcs.block_bytes is not None or data_bytes < COPIED_BYTES:
         return False

@@ -100,18 +100,17 @@ def span_bytes(total_bytes: int, floor_bytes: int, connections: int) -> int:
     return max(floor_bytes, MiB, min(-(-total_bytes // connections), _PREFERRED_PART_BYTES))
 
 
-def block_bytes(data_bytes: int, row_bytes: int) -> int | None:
-    """Return the size of a tensor's checksum blocks, whole rows each, or None for one CRC in all.
+def block_bytes(data_bytes: int, row_bytes: int) -> int:
+    """Return the size of a tensor's checksum blocks, whole rows each; its own for a single one.
 
     Args:
         data_bytes: The tensor's size.
         row_bytes: The size of one index of its first dimension.
     """
-    if data_bytes < BLOCKED_ITEM_BYTES or row_bytes <= 0:
-        return None
+    if data_bytes < BLOCKED_ITEM_BYTES:
+        return data_bytes
     least = max(_MIN_BLOCK_BYTES, -(-data_bytes // _MAX_BLOCKS))
-    size = -(-least // row_bytes) * row_bytes
-    return size if size < data_bytes else None
+    return min(-(-least // row_bytes) * row_bytes, data_bytes)
 
 
 def cut(start: int, end: int, size: int, origin: int = 0) -> Iterator[tuple[int, int]]:

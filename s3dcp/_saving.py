@@ -476,10 +476,11 @@ def _frame_on_device(tensor: torch.Tensor) -> Frame | None:
 
 def _block(tensor: torch.Tensor, frame: Frame) -> int | None:
     # Only where bytes are values in the order of rows: parts are loaded without the header, which
-    # alone says that they are to be conjugated or negated.
+    # alone says that they are to be conjugated or negated. One block, too, tells readers so.
     plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-    rows = tensor.shape[0] if tensor.ndim and plain else 0
-    return block_bytes(frame.data_bytes, frame.data_bytes // rows if rows else 0)
+    if not plain or not tensor.ndim:
+        return None
+    return block_bytes(frame.data_bytes, frame.data_bytes // tensor.shape[0])
 
 
 def _tensor_bytes(item: WriteItem) -> int:

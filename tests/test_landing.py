@@ -301,6 +301,28 @@ def test_a_small_flip_anywhere_in_a_whole_item(size: int) -> None:
             load(store, metadata, [request("w", 0, (0,), (size,))], [torch.zeros(size)])
 
 
+@pytest.mark.parametrize("kib", [257, 1000, 4095, 4096, 9000])
+def test_a_plain_tensor_needs_no_buffer(monkeypatch: pytest.MonkeyPatch, kib: int) -> None:
+    """However many CRCs it has. One of other strides does, and is found out by its header."""
+    store = CountingStore()
+    state = {"plain": torch.randn(kib, 256), "turned": torch.randn(256, kib).t()}
+    metadata = save(store, state)
+    borrowed: list[int] = []
+    borrow = Memory.borrow
+
+    def noted(memory: Memory, size_bytes: int, *, pinned: bool) -> Buffer:
+        borrowed.append(size_bytes)
+        return borrow(memory, size_bytes, pinned=pinned)
+
+    monkeypatch.setattr(Memory, "borrow", noted)
+    for number, (name, tensor) in enumerate(state.items()):
+        targets = [torch.zeros(kib, 256), torch.zeros(kib, 256)]
+        load(store, metadata, [request(name, number, (0, 0), (kib, 256))], targets)
+        assert torch.equal(targets[number], tensor)
+        if name == "plain":
+            assert not borrowed
+
+
 def test_memory_is_bounded_by_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Targets of another type go through buffers: their sum must stay within the budget."""
     store = CountingStore()

@@ -76,26 +76,26 @@ def test_spans_are_never_smaller_than_asked(total: int, floor: int, connections:
 @pytest.mark.parametrize(
     ("data", "row", "expected"),
     [
-        (BLOCKED_ITEM_BYTES - 1, 4, None),
+        (BLOCKED_ITEM_BYTES - 1, 4, BLOCKED_ITEM_BYTES - 1),
         (4 * MiB, 4, MiB),
         (4 * MiB, 3 * MiB, 3 * MiB),
-        (4 * MiB, 4 * MiB, None),  # one row is one block is the item
-        (4 * MiB, 0, None),
+        (4 * MiB, 4 * MiB, 4 * MiB),  # one row is one block is the item
+        (5 * MiB, 3 * MiB, 3 * MiB),
+        (0, 0, 0),
         (16 * MiB, 1000, 1049 * 1000),
         (4 * GiB, 4, 4 * MiB),
     ],
 )
-def test_block_sizes(data: int, row: int, expected: int | None) -> None:
+def test_block_sizes(data: int, row: int, expected: int) -> None:
     assert block_bytes(data, row) == expected
 
 
 @given(st.integers(1, 1 << 40), st.integers(1, 1 << 24))
 def test_blocks_are_whole_rows(rows: int, row: int) -> None:
     size = block_bytes(rows * row, row)
-    if size is not None:
-        assert size % row == 0
-        assert size >= MiB
-        assert -(-rows * row // size) <= 1024
+    assert size % row == 0
+    assert size >= min(MiB, rows * row)
+    assert -(-rows * row // size) <= 1024
 
 
 @given(st.integers(0, 1000), st.integers(0, 1000), st.integers(1, 50), st.integers(0, 100))

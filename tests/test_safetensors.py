@@ -254,7 +254,8 @@ crcs = st.one_of(
         lambda item, block, blocks: ItemCrcs(item, block_bytes=block, blocks=tuple(blocks)),
         st.integers(0, 2**64 - 1),
         st.integers(1, 2**40),
-        st.lists(st.integers(0, 2**64 - 1), max_size=5),
+        # A single one would be the item's own.
+        st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=5),
     ),
 )
 saved_files = st.dictionaries(

@@ -12,6 +12,8 @@ TORCH := $(shell sed -n 's/^ *"\(torch==[^"]*\)".*/\1/p' pyproject.toml)
 
 # Looks at the clock, and is run when nothing else is.
 ALONE := tests/test_serve_model.py
+# Gives its process an accelerator.
+APART := tests/test_accelerators.py
 
 SOAK_SECONDS ?= 600
 
@@ -41,7 +43,8 @@ types: install ## Check types, strictly
 	$(BIN)/mypy
 
 tests: install ## Run the tests, two processes at a time
-	$(BIN)/pytest -n 2 --dist loadgroup --ignore=$(ALONE)
+	$(BIN)/pytest -n 2 --dist loadgroup --ignore=$(ALONE) --ignore=$(APART)
+	$(BIN)/pytest $(APART)
 	$(BIN)/pytest $(ALONE)
 
 examples: install ## Run the examples' tests alone

@@ -10,12 +10,11 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar, overload
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
@@ -28,6 +27,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType,
 from s3dcp._cancellation import in_thread
 from s3dcp._config import S3ClientConfig
 from s3dcp._constructors import DCPS3ReaderConstructorProtocol, S3ReaderConstructorProtocol
+from s3dcp._devices import on_this_device
 from s3dcp._errors import S3ConfigError
 from s3dcp._giving_way import give_way
 from s3dcp._group_reader import GroupReader, MetadataError
@@ -322,7 +322,7 @@ async def asave(
     """
     _check_state_dict(state_dict)
     return await in_thread(
-        _on(_device(), save),
+        on_this_device(save),
         _Unhurried(state_dict.items()),
         uri,
         planner=planner,
@@ -364,7 +364,7 @@ async def aload(
     Its arguments, and what it raises, are those of `load`.
     """
     await in_thread(
-        _on(_device(), load),
+        on_this_device(load),
         state_dict,
         uri,
         planner=planner,
@@ -465,18 +465,3 @@ class _Unhurried(dict[str, Any]):
         for item in super().items():
             give_way()
             yield item
-
-
-def _device() -> int | None:
-    """Return the CUDA device that this thread has chosen: a new thread would take the first."""
-    cuda: Any = torch.cuda  # `is_initialized` has no annotations
-    return torch.cuda.current_device() if cuda.is_initialized() else None
-
-
-def _on(device: int | None, function: Callable[P, T]) -> Callable[P, T]:
-    def run(*args: P.args, **kwargs: P.kwargs) -> T:
-        if device is not None:
-            torch.cuda.set_device(device)
-        return function(*args, **kwargs)
-
-    return run

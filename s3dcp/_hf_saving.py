@@ -10,6 +10,7 @@ import torch
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+from s3dcp._devices import is_host
 from s3dcp._errors import IncompleteSaveError, S3ConfigError
 from s3dcp._framing import memory_of
 from s3dcp._hf_index import (
@@ -23,8 +24,7 @@ from s3dcp._hf_index import (
 )
 from s3dcp._keys import S3Uri, join
 from s3dcp._safetensors import Header, bare_frame, make_header
-from s3dcp._saving import _COPIED_BYTES, SavedItems, _block, _Charge, _File, _Piece
-from s3dcp._staging import is_host
+from s3dcp._saving import _COPIED_BYTES, SavedItems, _Charge, _File, _Piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,8 +121,7 @@ class SafetensorsItems(SavedItems):
         is_small = frame.length <= _COPIED_BYTES
         charge: _Charge | None = None  # of memory that this tensor was copied to
         if not is_host(tensor) and is_plain and not is_small:
-            staged = self._staged(tensor, _block(tensor, frame))
-            self._add_framed(file, write_item, tensor, frame, staged)
+            self._add_framed(file, write_item, tensor, frame, self._staged(tensor))
             return
         if not is_host(tensor) or not is_plain:
             charge = self._charge(tensor.nbytes)

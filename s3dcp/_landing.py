@@ -18,12 +18,13 @@ import torch
 from torch.distributed.checkpoint.planner import ReadItem
 
 from s3dcp._checksums import combine, crc_of, damaged
+from s3dcp._devices import bytes_of, is_host
 from s3dcp._errors import CorruptMetadataError, IntegrityError
 from s3dcp._framing import decode, memory_of
 from s3dcp._items import COPIED_BYTES, Item, Stored
 from s3dcp._layouts import parse_header
 from s3dcp._metadata import ItemCrcs
-from s3dcp._staging import Buffer, bytes_of, is_host
+from s3dcp._staging import Buffer
 from s3dcp._torch_internals import narrow_tensor_by_index
 
 # What lies around a tensor's own bytes, headers say, is charged to the budget if it is more.
@@ -167,7 +168,7 @@ def _damaged(item: Item, start: int, end: int) -> IntegrityError:
 
 
 def copy_to_device(item: Item, start: int, view: memoryview) -> None:
-    """Copy bytes that arrived at `start` to the device, without waiting for it."""
+    """Copy bytes that arrived at `start` to the device."""
     if item.device is None or item.exact is None:
         return
     if start == 0:
@@ -176,7 +177,7 @@ def copy_to_device(item: Item, start: int, view: memoryview) -> None:
     first, last = max(start, data_at), min(start + view.nbytes, data_end)
     if first < last:
         source = torch.frombuffer(view[first - start : last - start], dtype=torch.uint8)
-        item.device[first - data_at : last - data_at].copy_(source, non_blocking=True)
+        item.device[first - data_at : last - data_at].copy_(source)
 
 
 def stored_tensor(item: Item, data: memoryview) -> torch.Tensor:

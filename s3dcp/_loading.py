@@ -43,7 +43,7 @@ from s3dcp._landing import (
 from s3dcp._portal import Calls, Portal
 from s3dcp._progress import Meter
 from s3dcp._ranges import Span, Want, coalesce, span_bytes
-from s3dcp._staging import Buffer, Memory, wait_for_copies
+from s3dcp._staging import Buffer, Memory
 from s3dcp._store import Moved
 from s3dcp._torch_internals import _StorageReaderTransforms
 
@@ -211,13 +211,17 @@ class LoadedItems:
             for request in item.requests
             if request.type == LoadItemType.TENSOR
         ]
-        settle_place(item, targets, self._take)
+        settle_place(item, targets, partial(self._memory.borrow, pinned=False))
 
     def _destinations(self, span: Span[Item]) -> tuple[_Fetch, list[memoryview]]:
         """Return where a span's bytes go."""
-        size = sum([w.end - w.start for w in span.pieces if w.owner.lands_in_span])
-        fetch = _Fetch(span, self._take(size) if size else None, [], [])
-        free = fetch.scratch.view if fetch.scratch else memoryview(b"")
+        here = [want for want in span.pieces if want.owner.lands_in_span]
+        scratch = None
+        if here:
+            pinned = any(want.owner.device is not None for want in here)
+            scratch = self._memory.borrow(sum(w.end - w.start for w in here), pinned=pinned)
+        fetch = _Fetch(span, scratch, [], [])
+        free = scratch.view if scratch else memoryview(b"")
         into: list[memoryview] = []
         run_bytes = used = 0  # neighbours that land in the span are received as one
         position = span.start
@@ -250,9 +254,6 @@ class LoadedItems:
             into.append(free[used - run_bytes : used])
         return fetch, into
 
-    def _take(self, size_bytes: int) -> Buffer:
-        return self._memory.borrow(size_bytes, pinned=True)
-
     def _settle(self) -> bool:
         """Wait for a span, and finish the items that it completes; False: none is under way."""
         if not self._fetching:
@@ -269,12 +270,6 @@ class LoadedItems:
             item.sums.append((start, crc, view.nbytes))
         for item, start, view in fetch.staged:
             copy_to_device(item, start, view)
-        for device in {
-            item.device.device: item.device
-            for item, _, _ in fetch.staged
-            if item.device is not None
-        }.values():
-            wait_for_copies(device)
         self._meter.advance(fetch.wanted_bytes)
         for want in fetch.span.pieces:
             item = want.owner

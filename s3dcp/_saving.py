@@ -24,6 +24,7 @@ from s3dcp._calls import Call, ended
 from s3dcp._checksums import combine, crc_of
 from s3dcp._collector import CollectorPause
 from s3dcp._config import MiB, S3ClientConfig
+from s3dcp._devices import bytes_of, is_host
 from s3dcp._errors import IncompleteSaveError, S3ConfigError
 from s3dcp._flow import Channel, wait_all
 from s3dcp._framing import Frame, encode, frame_for, frame_of, memory_of, storage_alignment
@@ -34,7 +35,7 @@ from s3dcp._portal import Calls, Portal
 from s3dcp._progress import Meter
 from s3dcp._publish import delete_quietly
 from s3dcp._ranges import Fragment, PartCutter, block_bytes, cut, upload_part_bytes
-from s3dcp._staging import Buffer, Memory, bytes_of, is_host, wait_for_copies
+from s3dcp._staging import Buffer, Memory
 from s3dcp._store import Moved
 from s3dcp._torch_internals import _StorageInfo, _StorageWriterTransforms
 from s3dcp._uploads import Upload
@@ -45,7 +46,7 @@ _FRAME_BYTES = 1550
 _COPIED_BYTES = 256 << 10
 # So much memory is filled with small items before it is sent.
 _RUN_BYTES = MiB
-# A device's memory comes to the host in pieces of this size.
+# A device's memory comes to the host in pieces of this size at the most.
 _STAGED_BYTES = 16 * MiB
 
 
@@ -65,24 +66,31 @@ class _Charge:
 
 
 @dataclass(slots=True, eq=False)
-class _Piece:
-    """Some bytes of an item; where it is `blocked`, one of the blocks that have a CRC each.
+class _Block:
+    """Some bytes of an item that have one CRC; of its tensor's, where it `is_data`.
 
-    A piece may be spread over several parts, which arrive in any order: `sums` has, for each, where
+    A block may be spread over several parts, which arrive in any order: `sums` has, for each, where
     it starts, its CRC and its length.
     """
 
-    blocked: bool = False
-    charge: _Charge | None = None
+    is_data: bool = False
     sums: list[tuple[int, int, int]] = field(default_factory=list)
 
     def sum(self) -> tuple[int, int]:
-        """Return the piece's CRC and length."""
+        """Return the block's CRC and length."""
         if len(self.sums) == 1:
             [(_, crc, size)] = self.sums
             return crc, size
         ordered = [(crc, size) for _, crc, size in sorted(self.sums)]
         return combine(ordered), sum(size for _, size in ordered)
+
+
+@dataclass(slots=True, eq=False)
+class _Piece:
+    """Some bytes on their way: of which block, and what their memory is charged to."""
+
+    block: _Block = field(default_factory=_Block)
+    charge: _Charge | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -97,16 +105,16 @@ class _Item:
     data_offset: int | None = None
     data_bytes: int | None = None
     block_bytes: int | None = None
-    pieces: list[_Piece] = field(default_factory=list)
+    blocks: list[_Block] = field(default_factory=list)
 
     def result(self) -> WriteResult:
         """Return what DCP records of the item, with its CRCs."""
         info = _StorageInfo(
             self.name, self.offset, self.length, transform_descriptors=self.descriptors or None
         )
-        sums = [piece.sum() for piece in self.pieces]
+        sums = [block.sum() for block in self.blocks]
         blocks = tuple(
-            crc for piece, (crc, _) in zip(self.pieces, sums, strict=True) if piece.blocked
+            crc for block, (crc, _) in zip(self.blocks, sums, strict=True) if block.is_data
         )
         places = self.data_offset, self.data_bytes, self.block_bytes
         annotate(info, ItemCrcs(combine(sums), *places, blocks))
@@ -134,7 +142,7 @@ class _File:
         items: Those that are sent from where they lie.
         run: Small items that wait for more to follow them.
         copied: What DCP records of small items.
-        held: A full part that waits for more to follow it.
+        held: A full part that waits for more to follow it: the only part of an object is a PUT.
         sent: How many parts have been handed to the portal.
     """
 
@@ -274,8 +282,7 @@ class SavedItems:
         if not is_host(tensor):
             frame = _frame_on_device(tensor) if plain else None
             if frame is not None:
-                staged = self._staged(tensor, _block(tensor, frame))
-                self._add_framed(file, write_item, tensor, frame, staged)
+                self._add_framed(file, write_item, tensor, frame, self._staged(tensor))
                 return
             charge = self._charge(tensor.nbytes)
             tensor = tensor.cpu()
@@ -328,7 +335,7 @@ class SavedItems:
             stream.close()
             data = sink.getbuffer()
         item = self._item(file, write_item)
-        self._append(file, item, data, _Piece(charge=self._charge(data.nbytes)))
+        self._append(file, item, data, self._charge(data.nbytes))
 
     def _add_framed(
         self,
@@ -342,16 +349,17 @@ class SavedItems:
         self._end_run(file)
         item = self._item(file, write_item)
         item.data_offset, item.data_bytes = len(frame.header), frame.data_bytes
-        item.block_bytes = _block(tensor, frame)
-        self._append(file, item, memoryview(frame.header), _Piece())
-        position = 0
+        item.block_bytes = _block_bytes(tensor, frame)
+        self._append(file, item, memoryview(frame.header))
+        size, position = item.block_bytes or frame.data_bytes, 0
         for view, charge in memory:
             end = position + view.nbytes
-            for a, b in cut(position, end, item.block_bytes or frame.data_bytes):
-                piece = _Piece(item.block_bytes is not None, charge)
-                self._append(file, item, view[a - position : b - position], piece)
+            for a, b in cut(position, end, size):
+                if a % size == 0:
+                    item.blocks.append(_Block(is_data=item.block_bytes is not None))
+                self._continue(file, item, view[a - position : b - position], charge)
             position = end
-        self._append(file, item, memoryview(frame.trailer), _Piece())
+        self._append(file, item, memoryview(frame.trailer))
 
     def _item(self, file: _File, write_item: WriteItem) -> _Item:
         descriptors = [ex.get_descriptor() for ex in reversed(self._transforms.extensions)]
@@ -359,27 +367,31 @@ class SavedItems:
         file.items.append(item)
         return item
 
-    def _append(self, file: _File, item: _Item, view: memoryview, piece: _Piece) -> None:
-        item.pieces.append(piece)
+    def _append(
+        self, file: _File, item: _Item, view: memoryview, charge: _Charge | None = None
+    ) -> None:
+        item.blocks.append(_Block())
+        self._continue(file, item, view, charge)
+
+    def _continue(self, file: _File, item: _Item, view: memoryview, charge: _Charge | None) -> None:
+        """Send more of an item's last block."""
         item.length += view.nbytes
-        self._push(file, view, piece)
+        self._push(file, view, _Piece(item.blocks[-1], charge))
 
     def _push(self, file: _File, view: memoryview, piece: _Piece) -> None:
         for part in file.cutter.push(view, piece):
-            # A full part is held until there is more: the only part of an object is a PUT.
             self._send_held(file)
             file.held = part
+            if file.is_multipart:
+                self._send_held(file)
 
-    def _staged(
-        self, tensor: torch.Tensor, block: int | None
-    ) -> Iterator[tuple[memoryview, _Charge]]:
-        """Yield a device tensor's memory, copied to the host in pieces of whole blocks."""
+    def _staged(self, tensor: torch.Tensor) -> Iterator[tuple[memoryview, _Charge]]:
+        """Yield a device tensor's memory, copied to the host in pieces."""
         source = bytes_of(tensor)
-        step = max(_STAGED_BYTES // block, 1) * block if block else _STAGED_BYTES
+        step = max(min(_STAGED_BYTES, self._budget_bytes // 4), _COPIED_BYTES)
         for start, end in cut(0, source.nbytes, step):
             buffer, charge = self._borrow(end - start, pinned=True)
-            buffer.tensor.copy_(source[start:end], non_blocking=True)
-            wait_for_copies(source)
+            buffer.tensor.copy_(source[start:end])
             yield buffer.view, charge
 
     def _charge(self, size_bytes: int) -> _Charge:
@@ -436,7 +448,7 @@ class SavedItems:
         self._meter.advance(sum(fragment.view.nbytes for fragment in part))
         for fragment, crc in zip(part, crcs, strict=True):
             piece = fragment.owner
-            piece.sums.append((fragment.start, crc, fragment.view.nbytes))
+            piece.block.sums.append((fragment.start, crc, fragment.view.nbytes))
             if (charge := piece.charge) is not None:
                 charge.left_bytes -= fragment.view.nbytes
                 if not charge.left_bytes:
@@ -474,7 +486,7 @@ def _frame_on_device(tensor: torch.Tensor) -> Frame | None:
     return frame_for(tensor.dtype, tuple(tensor.shape))
 
 
-def _block(tensor: torch.Tensor, frame: Frame) -> int | None:
+def _block_bytes(tensor: torch.Tensor, frame: Frame) -> int | None:
     # Only where bytes are values in the order of rows: parts are loaded without the header, which
     # alone says that they are to be conjugated or negated. One block, too, tells readers so.
     plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()

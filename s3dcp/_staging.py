@@ -1,4 +1,4 @@
-"""Host memory between a device and the network: reusable, and pinned where there is a GPU.
+"""Host memory between a device and the network: reusable, and pinned for a device.
 
 Pinned memory copies at the bus's full speed and is slow to allocate, so buffers are kept. All of it
 is charged to the budget that the process's saves and loads share.
@@ -7,12 +7,14 @@ is charged to the budget that the process's saves and loads share.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Self
 
 import torch
 
 from s3dcp._budget import budget
 from s3dcp._collector import CollectorPause
+from s3dcp._devices import pinned as pinned_memory
 from s3dcp._framing import memory_of
 
 # Buffers are as large as the largest use so far within a factor: reuse beats a tight fit.
@@ -97,13 +99,13 @@ class Memory:
             pinned: Whether a device will copy to it or from it.
         """
         held_bytes = max(-(-size_bytes // _GRAIN_BYTES), 1) * _GRAIN_BYTES
+        if pinned:
+            held_bytes = 1 << (held_bytes - 1).bit_length()  # which torch takes anyway
         while (kept := self._fitting(size_bytes, pinned=pinned)) is None:
             if self._try_take(held_bytes):
                 # Not zeroed: a pass over the memory, and its pages, for nothing.
-                whole = torch.empty(
-                    held_bytes, dtype=torch.uint8, pin_memory=pinned and torch.cuda.is_available()
-                )
-                return Buffer(whole, size_bytes, pinned=pinned)
+                make = pinned_memory if pinned else partial(torch.empty, dtype=torch.uint8)
+                return Buffer(make(held_bytes), size_bytes, pinned=pinned)
         return kept.cut(size_bytes)
 
     def give_back(self, buffer: Buffer) -> None:
@@ -133,19 +135,3 @@ class Memory:
 
 def _nothing_is_under_way() -> bool:
     return False
-
-
-def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a contiguous tensor's memory as flat uint8, on the tensor's own device."""
-    return tensor.reshape(-1).view(torch.uint8)
-
-
-def is_host(tensor: torch.Tensor) -> bool:
-    """Return whether the network can reach the tensor's memory."""
-    return tensor.is_cpu
-
-
-def wait_for_copies(tensor: torch.Tensor) -> None:
-    """Wait for copies from or to the tensor's device that were queued by this thread."""
-    if tensor.is_cuda:
-        torch.cuda.current_stream(tensor.device).synchronize()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.planner import LoadPlanner
 
 import s3dcp._publish
 import s3dcp._s3client
@@ -63,10 +64,19 @@ def save(state: StateDict, path: str, config: S3ClientConfig | None = None, **op
 def load(state: StateDict, path: str, config: S3ClientConfig | None = None) -> StateDict:
     """Load into blanks of a state dict's structure, and return them."""
     target = blank(state)
+    load_into(target, path, config)
+    return dict(target)
+
+
+def load_into(
+    target: StateDict,
+    path: str,
+    config: S3ClientConfig | None = None,
+    planner: LoadPlanner | None = None,
+) -> None:
     reader = S3StorageReader(None, uri_of(path), config)
     with unwrapped():
-        dcp.load(target, storage_reader=reader, no_dist=True)
-    return dict(target)
+        dcp.load(target, storage_reader=reader, planner=planner, no_dist=True)
 
 
 @contextmanager

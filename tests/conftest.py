@@ -46,7 +46,11 @@ _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests together on one worker where every worker that has one starts its own server."""
+    """Keep tests together on one worker where every worker that has one starts its own server.
+
+    Those that give their process an accelerator are last.
+    """
+    items.sort(key=lambda item: "device" in _asked(item))
     for item in items:
         if group := _group(item):
             item.add_marker(pytest.mark.xdist_group(group))

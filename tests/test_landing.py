@@ -329,15 +329,15 @@ def test_memory_is_bounded_by_the_budget(monkeypatch: pytest.MonkeyPatch) -> Non
     state = {f"w{n}": torch.full((MiB,), float(n)) for n in range(12)}
     metadata = save(store, state)
     most = 0
-    original = LoadedItems._take
+    borrow = Memory.borrow
 
-    def watch(self: LoadedItems, size_bytes: int) -> Any:
+    def watch(memory: Memory, size_bytes: int, *, pinned: bool) -> Buffer:
         nonlocal most
-        buffer = original(self, size_bytes)
-        most = max(most, self._memory.held_bytes)
+        buffer = borrow(memory, size_bytes, pinned=pinned)
+        most = max(most, memory.held_bytes)
         return buffer
 
-    monkeypatch.setattr(LoadedItems, "_take", watch)
+    monkeypatch.setattr(Memory, "borrow", watch)
     targets = [torch.zeros(MiB, dtype=torch.float64) for _ in state]
     requests = [request(name, n, (0,), (MiB,)) for n, name in enumerate(state)]
     load(store, metadata, requests, targets)
@@ -430,7 +430,7 @@ def test_a_wrong_place_cannot_be_told_from_a_header(saved: Any) -> None:
     assert not isinstance(caught.value, AssertionError)
 
 
-def test_items_of_several_spans_stay_within_the_budget() -> None:
+def test_items_of_several_spans_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spans of equal items must not all be begun before one item is done."""
     config = S3ClientConfig(part_size=5 * MiB, memory_budget_bytes=30 * MiB)
     store = CountingStore()
@@ -446,15 +446,15 @@ def test_items_of_several_spans_stay_within_the_budget() -> None:
         max_gap_bytes=0,
     )
     most = 0
-    original = loading._take
+    borrow = Memory.borrow
 
-    def watch(size_bytes: int) -> Any:
+    def watch(memory: Memory, size_bytes: int, *, pinned: bool) -> Buffer:
         nonlocal most
-        buffer = original(size_bytes)
-        most = max(most, loading._memory.held_bytes)
+        buffer = borrow(memory, size_bytes, pinned=pinned)
+        most = max(most, memory.held_bytes)
         return buffer
 
-    loading._take = watch  # type: ignore[method-assign]
+    monkeypatch.setattr(Memory, "borrow", watch)
     requests = [request(f"w{n}", n, (0,), (3 * MiB + n,)) for n in range(6)]
     loading.read(requests, metadata, BASE)
     assert all(bool((t == n).all()) for n, t in enumerate(planner._tensors))

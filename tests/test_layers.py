@@ -27,8 +27,8 @@ ROWS = {
         *("_botocore", "_client", "_spread"),
     ],
     "tensors": [
-        *("_torch_internals", "_pickles", "_metadata", "_framing", "_layouts", "_staging"),
-        *("_safetensors", "_hf_index"),
+        *("_torch_internals", "_pickles", "_metadata", "_framing", "_layouts", "_devices"),
+        *("_staging", "_safetensors", "_hf_index"),
     ],
     "facade": [
         *("_report", "_progress", "_telemetry", "_planning", "_recording"),

@@ -147,13 +147,18 @@ class Lab:
 
     @contextmanager
     def clients(
-        self, server: Server, wanted: Mapping[str, tuple[str, Shape | None]]
+        self,
+        server: Server,
+        wanted: Mapping[str, tuple[str, Shape | None]],
+        *,
+        device: str = "cpu",
     ) -> Iterator[dict[str, Client]]:
         """Start workers and have all prepare at once; peers that fail are left out.
 
         Args:
             server: Where they save to and load from.
             wanted: By any name, a backend and the state dict that its worker is to make.
+            device: Where the tensors are.
         """
         with ExitStack() as stack:
             clients = {}
@@ -164,7 +169,8 @@ class Lab:
                 clients[name] = Client(
                     name=name, backend=backend, shape=shape, worker=worker, server=server
                 )
-                worker.send("enter", environ=dict(server.environ), quick=self._worker is not None)
+                environ, quick = dict(server.environ), self._worker is not None
+                worker.send("enter", environ=environ, device=device, quick=quick)
                 made = [shape.count, shape.nbytes] if shape else None
                 worker.send("prepare", backend=backend, shape=made)
             for name, client in list(clients.items()):

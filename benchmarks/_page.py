@@ -79,7 +79,8 @@ def printed(report: Report) -> str:
     """Return the tables as they are printed: every section's, then the targets."""
     parts = []
     for section in report.sections:
-        parts += [section.title, _aligned(section.table), *section.notes, ""]
+        table = [_aligned(section.table)] if section.table.rows else []
+        parts += [section.title, *table, *section.notes, ""]
     parts += ["Targets", _aligned(_targets_table(_outcomes(report)))]
     return "\n".join(parts).replace("**", "")
 
@@ -120,7 +121,8 @@ def _missed(outcomes: Sequence[Outcome], remarks: Mapping[tuple[str, str], str])
 
 def _section(section: Section) -> str:
     how = textwrap.fill(section.how, _WIDTH)
-    return f"## {section.title}\n\n{how}\n\n{_markdown(section.table)}"
+    table = f"\n{_markdown(section.table)}" if section.table.rows else ""
+    return f"## {section.title}\n\n{how}\n{table}"
 
 
 def _limits(sections: Sequence[Section]) -> str:

@@ -10,7 +10,7 @@ from benchmarks._lab import Lab
 from benchmarks._reshard import reshard
 from benchmarks._small import small
 from benchmarks._tenth import tenth
-from benchmarks._transfers import bulk, slow, tls
+from benchmarks._transfers import accelerator, bulk, slow, tls
 from benchmarks._values import Section
 
 
@@ -23,6 +23,7 @@ ROWS: dict[str, Callable[[Lab], list[Section]]] = {
     "tls": _one(tls),
     "small": _one(small),
     "slow": _one(slow),
+    "accelerator": _one(accelerator),
     "tenth": _one(tenth),
     "reshard": _one(reshard),
     "growth": memory_and_growth,

@@ -13,12 +13,14 @@ _COLUMNS = 1024
 State = dict[str, torch.Tensor]
 
 
-def make(shape: Shape) -> State:
-    """Return float32 tensors of rows of 4 KiB, no two alike, all in memory."""
+def make(shape: Shape, device: str = "cpu") -> State:
+    """Return float32 tensors of rows of 4 KiB, no two alike, all in a device's memory."""
     words = shape.nbytes // 8
     generator = torch.Generator().manual_seed(words)
     base = torch.randint(-(1 << 62), 1 << 62, (words,), generator=generator)
-    return {f"layers.{number}.weight": _rows(base ^ number) for number in range(shape.count)}
+    return {
+        f"layers.{number}.weight": _rows(base ^ number).to(device) for number in range(shape.count)
+    }
 
 
 def every_tenth(state: State) -> State:
@@ -38,7 +40,7 @@ def memory(tensor: torch.Tensor) -> memoryview:
 
 def digests(state: State) -> dict[str, int]:
     """Return a checksum of each tensor."""
-    return {name: zlib.crc32(memory(tensor)) for name, tensor in state.items()}
+    return {name: zlib.crc32(memory(tensor.cpu())) for name, tensor in state.items()}
 
 
 def blank(state: State) -> None:

@@ -1,8 +1,10 @@
-"""The rows that move large tensors: plain, over TLS, and over a slow link."""
+"""The rows that move large tensors: plain, over TLS, over a slow link, and of an accelerator."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+
+import torch
 
 from benchmarks._figures import cpu_s_per_gib, gib_per_s, ratio, wall_s
 from benchmarks._lab import Lab, Samples, alike
@@ -110,6 +112,34 @@ def slow(lab: Lab) -> Section:
                 groups={"load": _each(gib_per_s, loads), "save": _each(gib_per_s, saves)},
             )
         ],
+        notes=lab.take_notes(),
+    )
+
+
+def accelerator(lab: Lab) -> Section:
+    """Load onto an accelerator and save from it, where there is one."""
+    shape = lab.sizes.bulk
+    device = torch.accelerator.current_accelerator(check_available=True)
+    saves: Samples = {}
+    loads: Samples = {}
+    if device is None:
+        lab.notes.append("Not run: this machine has no accelerator.")
+    else:
+        backends = [OURS, REFERENCE, SLOWEST]
+        with (
+            lab.server() as server,
+            lab.clients(server, alike(backends, shape), device=device.type) as clients,
+        ):
+            saves, loads = lab.save_and_load(clients)
+    return Section(
+        row="accelerator",
+        title="Tensors of an accelerator",
+        how=f"{shape} tensors in the memory of the machine's accelerator, over plain HTTP.",
+        table=_table(saves, loads),
+        figures={
+            **_rates("load", loads, {REFERENCE: "the reference's"}),
+            **_rates("save", saves, {REFERENCE: "the reference's"}),
+        },
         notes=lab.take_notes(),
     )
 

@@ -32,11 +32,15 @@ class Worker:
     def __init__(self) -> None:
         self._backends: dict[str, Backend] = {}
         self._states: dict[Shape, _states.State] = {}
+        self._device = "cpu"
 
-    def enter(self, environ: dict[str, str], *, quick: bool) -> Answer:
-        """Go to another server."""
+    def enter(self, environ: dict[str, str], *, device: str, quick: bool) -> Answer:
+        """Go to another server, with tensors on a device."""
         os.environ.update(environ)
         self._backends.clear()
+        if device != self._device:
+            self._device = device
+            self._states.clear()
         if quick:  # a full collection of all that torch made takes longer than the rest
             gc.freeze()
         return {}
@@ -123,7 +127,7 @@ class Worker:
     def _state(self, shape: list[int]) -> _states.State:
         known = Shape(*shape)
         if known not in self._states:
-            self._states[known] = _states.make(known)
+            self._states[known] = _states.make(known, self._device)
         return self._states[known]
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import _figures, _records
 from benchmarks.__main__ import main
@@ -117,7 +118,8 @@ def test_a_figure_that_is_missing_or_no_number_is_not_measured() -> None:
 def test_targets_and_remarks_name_rows_and_metrics_once() -> None:
     names = [(target.row, target.metric) for target in TARGETS]
     assert len(set(names)) == len(names)
-    assert {row for row, _ in names} == ROWS.keys() | {"memory"}
+    # Of an accelerator, figures are wanted, and no bounds.
+    assert {row for row, _ in names} == ROWS.keys() - {"accelerator"} | {"memory"}
     assert REMARKS.keys() <= set(names)
 
 
@@ -205,14 +207,15 @@ def test_every_row_runs(tmp_path: Path) -> None:
 
     report = _records.load((tmp_path / "results.json").read_text())
     assert {section.row for section in report.sections} == ROWS.keys() | {"memory"}
-    assert [note for section in report.sections for note in section.notes] == []
+    without = set() if torch.accelerator.is_available() else {"accelerator"}
+    assert {section.row for section in report.sections if section.notes} == without
     unmeasured = [each.target for each in check(report.figures()) if each.value is None]
     assert unmeasured == []
     assert (tmp_path / "results.png").read_bytes().startswith(b"\x89PNG")
     assert target.read_text() == page(report, "results.png")
     for section in report.sections:
         assert section.title in ran.stdout
-        assert section.table.rows
+        assert section.table.rows or section.row in without
 
 
 def test_a_row_that_does_not_exist_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,8 +23,10 @@ from s3dcp._hf_index import (
     VERSION_KEY,
 )
 from s3dcp._keys import S3Uri, join
+from s3dcp._outgoing import Charge, OutgoingFile, Piece
 from s3dcp._safetensors import Header, bare_frame, make_header
-from s3dcp._saving import _COPIED_BYTES, SavedItems, _Charge, _File, _Piece
+from s3dcp._saving import SavedItems
+from s3dcp._staging import COPIED_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,9 +109,9 @@ class SafetensorsItems(SavedItems):
 
     def _open(self, uri: S3Uri, name: str, items: Sequence[WriteItem]) -> None:
         super()._open(uri, name, items)
-        self._push(self._files[-1], memoryview(self._planned[name].head), _Piece())
+        self._push(self._files[-1], memoryview(self._planned[name].head), Piece())
 
-    def _add_tensor(self, file: _File, write_item: WriteItem, tensor: torch.Tensor) -> None:
+    def _add_tensor(self, file: OutgoingFile, write_item: WriteItem, tensor: torch.Tensor) -> None:
         entry = self._planned[file.name].header.entries[write_item.index.fqn]
         if (tensor.dtype, tuple(tensor.shape)) != (entry.dtype, entry.shape):
             raise IncompleteSaveError(
@@ -118,8 +120,8 @@ class SafetensorsItems(SavedItems):
             )
         frame = bare_frame(tensor.nbytes)
         is_plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-        is_small = frame.length <= _COPIED_BYTES
-        charge: _Charge | None = None  # of memory that this tensor was copied to
+        is_small = frame.length <= COPIED_BYTES
+        charge: Charge | None = None  # of memory that this tensor was copied to
         if not is_host(tensor) and is_plain and not is_small:
             self._add_framed(file, write_item, tensor, frame, self._staged(tensor))
             return

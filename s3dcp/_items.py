@@ -22,11 +22,9 @@ from s3dcp._keys import S3Uri, child_key
 from s3dcp._metadata import ItemCrcs, crcs_of
 from s3dcp._ranges import cut
 from s3dcp._safetensors import TensorMemory, bare_frame
-from s3dcp._staging import Buffer
+from s3dcp._staging import COPIED_BYTES, Buffer
 from s3dcp._torch_internals import _StorageInfo
 
-# Copying less than this is quicker than a read of its own.
-COPIED_BYTES = 256 << 10
 # Leaving out less than this does not pay for another request.
 _LEAST_SAVING_BYTES = 1 << 20
 

@@ -21,10 +21,10 @@ from s3dcp._checksums import combine, crc_of, damaged
 from s3dcp._devices import bytes_of, is_host
 from s3dcp._errors import CorruptMetadataError, IntegrityError
 from s3dcp._framing import decode, memory_of
-from s3dcp._items import COPIED_BYTES, Item, Stored
+from s3dcp._items import Item, Stored
 from s3dcp._layouts import parse_header
 from s3dcp._metadata import ItemCrcs
-from s3dcp._staging import Buffer
+from s3dcp._staging import COPIED_BYTES, Buffer
 from s3dcp._torch_internals import narrow_tensor_by_index
 
 # What lies around a tensor's own bytes, headers say, is charged to the budget if it is more.

@@ -12,7 +12,6 @@ from __future__ import annotations
 import io
 import queue
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch.distributed.checkpoint.planner import SavePlanner, WriteItem, WriteIt
 from torch.distributed.checkpoint.storage import WriteResult
 
 from s3dcp._calls import Call, ended
-from s3dcp._checksums import combine, crc_of
+from s3dcp._checksums import crc_of
 from s3dcp._collector import CollectorPause
 from s3dcp._config import MiB, S3ClientConfig
 from s3dcp._devices import bytes_of, is_host
@@ -31,131 +30,22 @@ from s3dcp._framing import Frame, encode, frame_for, frame_of, memory_of, storag
 from s3dcp._giving_way import give_way
 from s3dcp._keys import S3Uri
 from s3dcp._metadata import ItemCrcs, annotate
+from s3dcp._outgoing import Block, Charge, OutgoingFile, OutgoingItem, Piece, Run
 from s3dcp._portal import Calls, Portal
 from s3dcp._progress import Meter
 from s3dcp._publish import delete_quietly
 from s3dcp._ranges import Fragment, PartCutter, block_bytes, cut, upload_part_bytes
-from s3dcp._staging import Buffer, Memory
+from s3dcp._staging import COPIED_BYTES, Buffer, Memory
 from s3dcp._store import Moved
 from s3dcp._torch_internals import _StorageInfo, _StorageWriterTransforms
 from s3dcp._uploads import Upload
 
 # What torch.save puts around a tensor, roughly.
 _FRAME_BYTES = 1550
-# Copying less than this is quicker than a view, a checksum and a write for each of its pieces.
-_COPIED_BYTES = 256 << 10
 # So much memory is filled with small items before it is sent.
 _RUN_BYTES = MiB
 # A device's memory comes to the host in pieces of this size at the most.
 _STAGED_BYTES = 16 * MiB
-
-
-@dataclass(slots=True, eq=False)
-class _Charge:
-    """Memory of ours that is charged to the budget until every byte of it has been sent.
-
-    Attributes:
-        held_bytes: What is charged.
-        left_bytes: What has not been sent.
-        buffer: The memory, if it is to be used again.
-    """
-
-    held_bytes: int
-    left_bytes: int
-    buffer: Buffer | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Block:
-    """Some bytes of an item that have one CRC; of its tensor's, where it `is_data`.
-
-    A block may be spread over several parts, which arrive in any order: `sums` has, for each, where
-    it starts, its CRC and its length.
-    """
-
-    is_data: bool = False
-    sums: list[tuple[int, int, int]] = field(default_factory=list)
-
-    def sum(self) -> tuple[int, int]:
-        """Return the block's CRC and length."""
-        if len(self.sums) == 1:
-            [(_, crc, size)] = self.sums
-            return crc, size
-        ordered = [(crc, size) for _, crc, size in sorted(self.sums)]
-        return combine(ordered), sum(size for _, size in ordered)
-
-
-@dataclass(slots=True, eq=False)
-class _Piece:
-    """Some bytes on their way: of which block, and what their memory is charged to."""
-
-    block: _Block = field(default_factory=_Block)
-    charge: _Charge | None = None
-
-
-@dataclass(slots=True, eq=False)
-class _Item:
-    """An item and where it lies."""
-
-    write_item: WriteItem
-    name: str
-    offset: int
-    descriptors: list[str]
-    length: int = 0
-    data_offset: int | None = None
-    data_bytes: int | None = None
-    block_bytes: int | None = None
-    blocks: list[_Block] = field(default_factory=list)
-
-    def result(self) -> WriteResult:
-        """Return what DCP records of the item, with its CRCs."""
-        info = _StorageInfo(
-            self.name, self.offset, self.length, transform_descriptors=self.descriptors or None
-        )
-        sums = [block.sum() for block in self.blocks]
-        blocks = tuple(
-            crc for block, (crc, _) in zip(self.blocks, sums, strict=True) if block.is_data
-        )
-        places = self.data_offset, self.data_bytes, self.block_bytes
-        annotate(info, ItemCrcs(combine(sums), *places, blocks))
-        return WriteResult(
-            index=self.write_item.index, size_in_bytes=self.length, storage_data=info
-        )
-
-
-@dataclass(slots=True, eq=False)
-class _Run:
-    """Memory that small items are copied to, one behind the other."""
-
-    buffer: Buffer
-    charge: _Charge
-    filled: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _File:
-    """An object being written.
-
-    Attributes:
-        expected_bytes: Roughly its size.
-        is_multipart: Whether the upload has been begun.
-        items: Those that are sent from where they lie.
-        run: Small items that wait for more to follow them.
-        copied: What DCP records of small items.
-        held: A full part that waits for more to follow it: the only part of an object is a PUT.
-        sent: How many parts have been handed to the portal.
-    """
-
-    name: str
-    upload: Upload
-    cutter: PartCutter[_Piece]
-    expected_bytes: int
-    is_multipart: bool
-    items: list[_Item] = field(default_factory=list)
-    run: _Run | None = None
-    copied: list[WriteResult] = field(default_factory=list)
-    held: list[Fragment[_Piece]] | None = None
-    sent: int = 0
 
 
 class SavedItems:
@@ -193,9 +83,9 @@ class SavedItems:
         self._pause = CollectorPause()
         self._memory = Memory(self._budget_bytes, self._settle, self._pause)
         self._alignment = storage_alignment()
-        self._sending: dict[Call[list[int]], tuple[list[Fragment[_Piece]], Moved]] = {}
+        self._sending: dict[Call[list[int]], tuple[list[Fragment[Piece]], Moved]] = {}
         self._sent: queue.SimpleQueue[Call[list[int]]] = queue.SimpleQueue()
-        self._files: list[_File] = []
+        self._files: list[OutgoingFile] = []
         self._before = [] if after is None else [after]
         self._cleared = None if after is None else partial(ended, after)
         self._meter.watch(self._under_way)
@@ -251,10 +141,12 @@ class SavedItems:
             most_bytes=self._budget_bytes // 2,
         )
         expected = estimate + _FRAME_BYTES * len(items)
-        upload, cutter = Upload(self._channel, uri, self._cleared), PartCutter[_Piece](size)
-        self._files.append(_File(name, upload, cutter, expected, is_multipart=estimate > size))
+        upload, cutter = Upload(self._channel, uri, self._cleared), PartCutter[Piece](size)
+        self._files.append(
+            OutgoingFile(name, upload, cutter, expected, is_multipart=estimate > size)
+        )
 
-    def _add(self, file: _File, write_item: WriteItem) -> None:
+    def _add(self, file: OutgoingFile, write_item: WriteItem) -> None:
         try:
             data = self._planner.resolve_data(write_item)
         except Exception as exc:
@@ -276,9 +168,9 @@ class SavedItems:
             )
         self._add_tensor(file, write_item, data)
 
-    def _add_tensor(self, file: _File, write_item: WriteItem, tensor: torch.Tensor) -> None:
+    def _add_tensor(self, file: OutgoingFile, write_item: WriteItem, tensor: torch.Tensor) -> None:
         plain = not self._transforms.extensions
-        charge: _Charge | None = None  # of memory that this tensor was copied to
+        charge: Charge | None = None  # of memory that this tensor was copied to
         if not is_host(tensor):
             frame = _frame_on_device(tensor) if plain else None
             if frame is not None:
@@ -294,7 +186,7 @@ class SavedItems:
             frame = frame_of(tensor, self._alignment)
         if frame is None or not plain:
             self._add_bytes(file, write_item, encode(tensor))
-        elif frame.length <= _COPIED_BYTES:
+        elif frame.length <= COPIED_BYTES:
             self._copy(file, write_item, tensor, frame)
         else:
             memory = iter([(memory_of(tensor), charge)])
@@ -303,11 +195,13 @@ class SavedItems:
         if charge is not None:
             self._release(charge)
 
-    def _copy(self, file: _File, write_item: WriteItem, tensor: torch.Tensor, frame: Frame) -> None:
+    def _copy(
+        self, file: OutgoingFile, write_item: WriteItem, tensor: torch.Tensor, frame: Frame
+    ) -> None:
         """Copy a small tensor's item behind those that were copied before."""
         if file.run is None or file.run.filled + frame.length > _RUN_BYTES:
             self._end_run(file)
-            file.run = _Run(*self._borrow(_RUN_BYTES, pinned=False))
+            file.run = Run(*self._borrow(_RUN_BYTES, pinned=False))
         run = file.run
         view = run.buffer.view[run.filled : run.filled + frame.length]
         data_at, data_end = len(frame.header), len(frame.header) + frame.data_bytes
@@ -319,13 +213,13 @@ class SavedItems:
         file.copied.append(WriteResult(write_item.index, frame.length, info))
         run.filled += frame.length
 
-    def _end_run(self, file: _File) -> None:
+    def _end_run(self, file: OutgoingFile) -> None:
         """Send the small items that were copied."""
         if (run := file.run) is not None:
             file.run, run.charge.left_bytes = None, run.filled
-            self._push(file, run.buffer.view[: run.filled], _Piece(charge=run.charge))
+            self._push(file, run.buffer.view[: run.filled], Piece(charge=run.charge))
 
-    def _add_bytes(self, file: _File, write_item: WriteItem, data: memoryview) -> None:
+    def _add_bytes(self, file: OutgoingFile, write_item: WriteItem, data: memoryview) -> None:
         """Send an item that has no frame: bytes, or what `torch.save` wrote."""
         self._end_run(file)
         if self._transforms.extensions:
@@ -339,11 +233,11 @@ class SavedItems:
 
     def _add_framed(
         self,
-        file: _File,
+        file: OutgoingFile,
         write_item: WriteItem,
         tensor: torch.Tensor,
         frame: Frame,
-        memory: Iterator[tuple[memoryview, _Charge | None]],
+        memory: Iterator[tuple[memoryview, Charge | None]],
     ) -> None:
         """Send an item's header, its tensor's memory cut at the edges of blocks, its trailer."""
         self._end_run(file)
@@ -356,62 +250,64 @@ class SavedItems:
             end = position + view.nbytes
             for a, b in cut(position, end, size):
                 if a % size == 0:
-                    item.blocks.append(_Block(is_data=item.block_bytes is not None))
+                    item.blocks.append(Block(is_data=item.block_bytes is not None))
                 self._continue(file, item, view[a - position : b - position], charge)
             position = end
         self._append(file, item, memoryview(frame.trailer))
 
-    def _item(self, file: _File, write_item: WriteItem) -> _Item:
+    def _item(self, file: OutgoingFile, write_item: WriteItem) -> OutgoingItem:
         descriptors = [ex.get_descriptor() for ex in reversed(self._transforms.extensions)]
-        item = _Item(write_item, file.name, file.cutter.position, descriptors)
+        item = OutgoingItem(write_item, file.name, file.cutter.position, descriptors)
         file.items.append(item)
         return item
 
     def _append(
-        self, file: _File, item: _Item, view: memoryview, charge: _Charge | None = None
+        self, file: OutgoingFile, item: OutgoingItem, view: memoryview, charge: Charge | None = None
     ) -> None:
-        item.blocks.append(_Block())
+        item.blocks.append(Block())
         self._continue(file, item, view, charge)
 
-    def _continue(self, file: _File, item: _Item, view: memoryview, charge: _Charge | None) -> None:
+    def _continue(
+        self, file: OutgoingFile, item: OutgoingItem, view: memoryview, charge: Charge | None
+    ) -> None:
         """Send more of an item's last block."""
         item.length += view.nbytes
-        self._push(file, view, _Piece(item.blocks[-1], charge))
+        self._push(file, view, Piece(item.blocks[-1], charge))
 
-    def _push(self, file: _File, view: memoryview, piece: _Piece) -> None:
+    def _push(self, file: OutgoingFile, view: memoryview, piece: Piece) -> None:
         for part in file.cutter.push(view, piece):
             self._send_held(file)
             file.held = part
             if file.is_multipart:
                 self._send_held(file)
 
-    def _staged(self, tensor: torch.Tensor) -> Iterator[tuple[memoryview, _Charge]]:
+    def _staged(self, tensor: torch.Tensor) -> Iterator[tuple[memoryview, Charge]]:
         """Yield a device tensor's memory, copied to the host in pieces."""
         source = bytes_of(tensor)
-        step = max(min(_STAGED_BYTES, self._budget_bytes // 4), _COPIED_BYTES)
+        step = max(min(_STAGED_BYTES, self._budget_bytes // 4), COPIED_BYTES)
         for start, end in cut(0, source.nbytes, step):
             buffer, charge = self._borrow(end - start, pinned=True)
             buffer.tensor.copy_(source[start:end])
             yield buffer.view, charge
 
-    def _charge(self, size_bytes: int) -> _Charge:
+    def _charge(self, size_bytes: int) -> Charge:
         self._memory.take(size_bytes)
-        return _Charge(size_bytes, size_bytes)
+        return Charge(size_bytes, size_bytes)
 
-    def _borrow(self, size_bytes: int, *, pinned: bool) -> tuple[Buffer, _Charge]:
+    def _borrow(self, size_bytes: int, *, pinned: bool) -> tuple[Buffer, Charge]:
         # Memory that was used before is worth more than new: 100 MB of pages take 75 ms.
         while not self._sent.empty():
             self._settle()
         buffer = self._memory.borrow(size_bytes, pinned=pinned)
-        return buffer, _Charge(buffer.held_bytes, size_bytes, buffer)
+        return buffer, Charge(buffer.held_bytes, size_bytes, buffer)
 
-    def _release(self, charge: _Charge) -> None:
+    def _release(self, charge: Charge) -> None:
         if charge.buffer is not None:
             self._memory.give_back(charge.buffer)
         else:
             self._memory.give(charge.held_bytes)
 
-    def _send_held(self, file: _File) -> None:
+    def _send_held(self, file: OutgoingFile) -> None:
         if file.held is not None:
             part, file.held = file.held, None
             file.sent += 1
@@ -419,7 +315,7 @@ class SavedItems:
             call = self._calls.submit(file.upload.send, file.sent, _views(part), moved)
             self._submit(part, moved, call)
 
-    def _end(self, file: _File) -> None:
+    def _end(self, file: OutgoingFile) -> None:
         self._end_run(file)
         rest = file.cutter.rest()
         if file.held is not None and (rest or file.sent):
@@ -434,7 +330,7 @@ class SavedItems:
             self._send_held(file)
         self._meter.expect(file.cutter.position - file.expected_bytes)
 
-    def _submit(self, part: list[Fragment[_Piece]], moved: Moved, future: Call[list[int]]) -> None:
+    def _submit(self, part: list[Fragment[Piece]], moved: Moved, future: Call[list[int]]) -> None:
         self._sending[future] = part, moved
         future.add_done_callback(self._sent.put)
 
@@ -480,7 +376,7 @@ def _frame_on_device(tensor: torch.Tensor) -> Frame | None:
         or not tensor.is_contiguous()
         or tensor.is_conj()
         or tensor.is_neg()
-        or tensor.nbytes <= _COPIED_BYTES
+        or tensor.nbytes <= COPIED_BYTES
     ):
         return None
     return frame_for(tensor.dtype, tuple(tensor.shape))
@@ -501,5 +397,5 @@ def _tensor_bytes(item: WriteItem) -> int:
     return 0 if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
 
 
-def _views(part: Iterable[Fragment[_Piece]]) -> list[memoryview]:
+def _views(part: Iterable[Fragment[Piece]]) -> list[memoryview]:
     return [fragment.view for fragment in part]

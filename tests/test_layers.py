@@ -34,7 +34,7 @@ ROWS = {
         *("_report", "_progress", "_telemetry", "_planning", "_recording"),
         *("_s3client", "_prefixes", "_streams", "_readers", "_ranged_reader", "_dcp_reader"),
         *("_constructors", "_transfers", "_filesystem"),
-        *("_items", "_landing", "_saving", "_loading"),
+        *("_items", "_landing", "_outgoing", "_saving", "_loading"),
         *("_writer", "_reader", "_group_reader", "_planner", "_checkpoint"),
         *("_hf_files", "_survey", "_catalog", "_verifying"),
         *("_copies", "_disk", "_places", "_manifests", "_movers", "_sending", "_copying", "_bench"),

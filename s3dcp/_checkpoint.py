@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from typing import Any, ParamSpec, TypeVar, overload
+from typing import Any, TypeVar, overload
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -38,7 +38,6 @@ from s3dcp._reader import S3StorageReader
 from s3dcp._recording import ReportCallback
 from s3dcp._writer import S3StorageWriter
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 _UNGROUPED = "torch.distributed is disabled, unavailable or uninitialized"

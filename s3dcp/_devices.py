@@ -1,13 +1,14 @@
 """Tensors of devices: GPUs and other accelerators, by whatever name torch has for them.
 
-Copies between them and the host wait until they are done. On some devices others cannot be waited
-for, and there is nothing to gain: what they overlap with, requests, runs on another thread.
+Copies between them and the host return when they are done. Queued ones cannot be waited for on
+every device, and have nothing to gain: what copies overlap with, requests, is another thread's.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from functools import partial
 from typing import ParamSpec, TypeVar
 
 import torch
@@ -26,19 +27,22 @@ def bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def pinned(size_bytes: int) -> torch.Tensor:
-    """Return host memory that devices copy at their bus's full speed, or else any.
+def host_memory(size_bytes: int, *, pinned: bool) -> torch.Tensor:
+    """Return memory of the host, whatever the default device is. It is not zeroed.
 
     Args:
-        size_bytes: Its size. Torch takes the next power of two.
+        size_bytes: Its size.
+        pinned: Whether a device is to copy it at its bus's full speed, if that can be had. Torch
+            then takes the next power of two.
     """
+    empty = partial(torch.empty, size_bytes, dtype=torch.uint8, device="cpu")
     accelerator = torch.accelerator.current_accelerator()
     # On MPS, all memory is the host's.
-    if accelerator is not None and accelerator.type != "mps":
+    if pinned and accelerator is not None and accelerator.type != "mps":
         # There may be no more to pin, or the device knows nothing of it.
         with contextlib.suppress(RuntimeError):
-            return torch.empty(size_bytes, dtype=torch.uint8, pin_memory=True)
-    return torch.empty(size_bytes, dtype=torch.uint8)
+            return empty(pin_memory=True)
+    return empty()
 
 
 def on_this_device(function: Callable[P, T]) -> Callable[P, T]:

@@ -135,7 +135,7 @@ def _checked(weight_map: dict[str, Any]) -> dict[str, str]:
     return weight_map
 
 
-# A CRC is 16 digits; one with blocks is a list: the CRC, the size of a block, their CRCs.
+# A CRC is 16 digits; one with several blocks is a list: the CRC, the size of a block, their CRCs.
 
 
 def _packed(crcs: ItemCrcs) -> object:

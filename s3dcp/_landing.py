@@ -208,7 +208,7 @@ def tensor_of(data: memoryview) -> torch.Tensor:
     if layout is None:
         return decode(data)
     if not layout.data_bytes:
-        return torch.empty(layout.shape, dtype=layout.dtype)
+        return torch.empty(layout.shape, dtype=layout.dtype, device="cpu")
     stored = data[layout.data_offset : layout.data_offset + layout.data_bytes]
     storage = _values_of(stored, layout.dtype)
     return storage.as_strided(layout.shape, layout.stride, layout.storage_offset)
@@ -217,7 +217,7 @@ def tensor_of(data: memoryview) -> torch.Tensor:
 def _values_of(data: memoryview, dtype: torch.dtype) -> torch.Tensor:
     """Return memory as a flat tensor, over the memory itself where it is aligned."""
     if not data.nbytes:
-        return torch.empty(0, dtype=dtype)
+        return torch.empty(0, dtype=dtype, device="cpu")
     values = torch.frombuffer(data, dtype=dtype)
     if values.data_ptr() % dtype.itemsize:
         # Small items start anywhere in their span's memory, and torch crashes on some dtypes

@@ -215,11 +215,7 @@ class LoadedItems:
 
     def _destinations(self, span: Span[Item]) -> tuple[_Fetch, list[memoryview]]:
         """Return where a span's bytes go."""
-        here = [want for want in span.pieces if want.owner.lands_in_span]
-        scratch = None
-        if here:
-            pinned = any(want.owner.device is not None for want in here)
-            scratch = self._memory.borrow(sum(w.end - w.start for w in here), pinned=pinned)
+        scratch = self._scratch(span)
         fetch = _Fetch(span, scratch, [], [])
         free = scratch.view if scratch else memoryview(b"")
         into: list[memoryview] = []
@@ -237,7 +233,8 @@ class LoadedItems:
             length = want.end - want.start
             if lands_in_span:
                 views = [free[used : used + length]]
-                item.places = [(start, views[0])]
+                if item.is_small:
+                    item.places = [(start, views[0])]
                 used += length
                 run_bytes += length
                 if item.device is not None:
@@ -253,6 +250,14 @@ class LoadedItems:
         if run_bytes:
             into.append(free[used - run_bytes : used])
         return fetch, into
+
+    def _scratch(self, span: Span[Item]) -> Buffer | None:
+        """Return memory for what lands in a span, if anything does."""
+        here = [want for want in span.pieces if want.owner.lands_in_span]
+        if not here:
+            return None
+        pinned = any(want.owner.device is not None for want in here)
+        return self._memory.borrow(sum([w.end - w.start for w in here]), pinned=pinned)
 
     def _settle(self) -> bool:
         """Wait for a span, and finish the items that it completes; False: none is under way."""

@@ -104,7 +104,7 @@ def block_bytes(data_bytes: int, row_bytes: int) -> int:
     """Return the size of a tensor's checksum blocks, whole rows each; its own for a single one.
 
     Args:
-        data_bytes: The tensor's size.
+        data_bytes: The tensor's size. Where it is 0, there are no blocks.
         row_bytes: The size of one index of its first dimension.
     """
     if data_bytes < BLOCKED_ITEM_BYTES:

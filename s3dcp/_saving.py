@@ -2,9 +2,9 @@
 
 The planner belongs to the caller's thread, so the work is driven from there: it resolves an item,
 frames it, cuts off the parts that are full, and hands each to the portal. Large CPU tensors go out
-from their own memory. What has to be copied (small items, GPU tensors, fallbacks) is charged to a
-budget, and the thread waits for parts to be sent before it copies more. Small items are copied one
-behind the other, and are done with that.
+from their own memory. What has to be copied (small items, devices' tensors, fallbacks) is charged
+to a budget, and the thread waits for parts to be sent before it copies more. Small items are copied
+one behind the other, and are done with that.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ from s3dcp._uploads import Upload
 _FRAME_BYTES = 1550
 # So much memory is filled with small items before it is sent.
 _RUN_BYTES = MiB
-# A device's memory comes to the host in pieces of this size at the most.
+# A device's memory comes to the host in pieces of this size at the most: a power of two, as pinned
+# memory is.
 _STAGED_BYTES = 16 * MiB
 
 
@@ -278,13 +279,13 @@ class SavedItems:
         for part in file.cutter.push(view, piece):
             self._send_held(file)
             file.held = part
-            if file.is_multipart:
+            if file.is_multipart or file.sent:
                 self._send_held(file)
 
     def _staged(self, tensor: torch.Tensor) -> Iterator[tuple[memoryview, Charge]]:
         """Yield a device tensor's memory, copied to the host in pieces."""
         source = bytes_of(tensor)
-        step = max(min(_STAGED_BYTES, self._budget_bytes // 4), COPIED_BYTES)
+        step = min(_STAGED_BYTES, max(1 << (self._budget_bytes // 4).bit_length() >> 1, MiB))
         for start, end in cut(0, source.nbytes, step):
             buffer, charge = self._borrow(end - start, pinned=True)
             buffer.tensor.copy_(source[start:end])
@@ -386,7 +387,7 @@ def _block_bytes(tensor: torch.Tensor, frame: Frame) -> int | None:
     # Only where bytes are values in the order of rows: parts are loaded without the header, which
     # alone says that they are to be conjugated or negated. One block, too, tells readers so.
     plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-    if not plain or not tensor.ndim:
+    if not plain or not tensor.ndim or not frame.data_bytes:
         return None
     return block_bytes(frame.data_bytes, frame.data_bytes // tensor.shape[0])
 

@@ -1,20 +1,20 @@
 """Host memory between a device and the network: reusable, and pinned for a device.
 
 Pinned memory copies at the bus's full speed and is slow to allocate, so buffers are kept. All of it
-is charged to the budget that the process's saves and loads share.
+is charged to the budget that the process's saves and loads share. What was pinned and is let go of,
+torch keeps, by its size, for whoever pins next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Self
 
 import torch
 
 from s3dcp._budget import budget
 from s3dcp._collector import CollectorPause
-from s3dcp._devices import pinned as pinned_memory
+from s3dcp._devices import host_memory
 from s3dcp._framing import memory_of
 
 #: Tensors up to this size are copied, one behind the other, when they are saved and when they are
@@ -102,14 +102,15 @@ class Memory:
             size_bytes: Its size.
             pinned: Whether a device will copy to it or from it.
         """
-        held_bytes = max(-(-size_bytes // _GRAIN_BYTES), 1) * _GRAIN_BYTES
         if pinned:
-            held_bytes = 1 << (held_bytes - 1).bit_length()  # which torch takes anyway
+            held_bytes = 1 << max(size_bytes - 1, 0).bit_length()  # which torch takes anyway
+        else:
+            held_bytes = max(-(-size_bytes // _GRAIN_BYTES), 1) * _GRAIN_BYTES
         while (kept := self._fitting(size_bytes, pinned=pinned)) is None:
             if self._try_take(held_bytes):
                 # Not zeroed: a pass over the memory, and its pages, for nothing.
-                make = pinned_memory if pinned else partial(torch.empty, dtype=torch.uint8)
-                return Buffer(make(held_bytes), size_bytes, pinned=pinned)
+                whole = host_memory(held_bytes, pinned=pinned)
+                return Buffer(whole, size_bytes, pinned=pinned)
         return kept.cut(size_bytes)
 
     def give_back(self, buffer: Buffer) -> None:

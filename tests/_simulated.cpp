@@ -3,7 +3,7 @@
 // It is as inconvenient as a device may be. The host cannot touch the device's memory. Work that is
 // queued on a stream is not done before somebody waits for that stream, so that whoever takes too
 // early what a copy brings, or uses again what a copy still reads, always gets the wrong bytes. And
-// pinned memory that is freed is gone, so that a copy that comes too late is a fault.
+// memory that is freed is overwritten at once, also where real devices would wait for what is queued.
 
 #include <sys/mman.h>
 #include <unistd.h>
@@ -69,10 +69,18 @@ char* seen_by_the_device(const void* pointer) {
   return found->second.as_the_device_sees_it + (static_cast<const char*>(pointer) - found->first);
 }
 
+// What was freed stays mapped until the next work is done, which may be on it.
+std::vector<std::pair<char*, size_t>> freed;
+
+void let_go(char* memory, size_t size) {
+  std::memset(memory, 0xDD, size);
+  freed.emplace_back(memory, size);
+}
+
 void free_on_device(void* pointer) {
   std::lock_guard guard(memory_lock);
   auto found = device_blocks.find(static_cast<char*>(pointer));
-  munmap(found->second.as_the_device_sees_it, found->second.size);
+  let_go(found->second.as_the_device_sees_it, found->second.size);
   munmap(found->first, found->second.size);
   device_blocks.erase(found);
 }
@@ -101,7 +109,7 @@ REGISTER_ALLOCATOR(kSimulated, &device_allocator);
 void free_pinned(void* pointer) {
   std::lock_guard guard(memory_lock);
   auto found = pinned_blocks.find(static_cast<char*>(pointer));
-  munmap(found->first, found->second);
+  let_go(found->first, found->second);
   pinned_bytes -= found->second;
   pinned_blocks.erase(found);
 }
@@ -149,6 +157,10 @@ c10::StreamId newest_stream = 0;
 void finish(StreamKey stream) {
   std::lock_guard guard(streams_lock);
   for (auto& work : std::exchange(queued[stream], {})) work();
+  const auto is_idle = [](const auto& each) { return each.second.empty(); };
+  if (!std::all_of(queued.begin(), queued.end(), is_idle)) return;
+  std::lock_guard memory(memory_lock);
+  for (auto& [memory_of, size] : std::exchange(freed, {})) munmap(memory_of, size);
 }
 
 c10::DeviceIndex index_of(c10::Device device) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 import types
 from pathlib import Path
 
@@ -17,7 +18,7 @@ _COMPILER = "g++"
 
 def can_be_built() -> bool:
     """Whether there is what it takes."""
-    return shutil.which(_COMPILER) is not None
+    return sys.platform == "linux" and shutil.which(_COMPILER) is not None
 
 
 def register(folder: Path) -> None:

@@ -254,24 +254,58 @@ class TestThreads:
         assert_same(load(state, "ck"), state)
 
 
+def test_what_cannot_be_pinned_is_copied_all_the_same(
+    fake: FakeS3, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def empty(*args: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return make(*args, **options)
+
+    make = torch.empty
+    state = STATES["large"]()
+    tensors, target = on(device, state), blank_on(device, state)
+    monkeypatch.setattr(torch, "empty", empty)
+    save(tensors, "ck", CONFIG)
+    load_into(target, "ck")
+    assert_same(off(target), state)
+
+
+def test_another_default_device(fake: FakeS3, device: torch.device) -> None:
+    """Buffers are the host's, wherever the caller has new tensors made."""
+    state = {**STATES["large"](), "turned": fill((500, 1000)).t(), "empty": torch.empty(0, 3)}
+    target = {**blank_on(device, state), "turned": blank_like(state["turned"]).double()}
+    with torch.device(device):
+        save(state, "ck", CONFIG)
+        load_into(target, "ck")
+    assert_same(off(target), {**state, "turned": state["turned"].double()})
+
+
+SIZES: dict[str, list[tuple[int, ...]]] = {
+    "medium": [(264 << 10,)] * 100,
+    "growing": [(n * MiB,) for n in range(1, 9)],
+    "odd": [(int(1.5**n * MiB),) for n in range(8)],
+    "rows larger than the budget": [(2, 36 * MiB)],
+}
+
+
 @pytest.mark.skipif(
     torch.accelerator.is_available(), reason="what is counted only the simulated one tells"
 )
 @pytest.mark.usefixtures("fake", "device")
 class TestMemory:
-    @pytest.mark.parametrize("budget_bytes", [16 * MiB, 32 * MiB])
-    def test_large_copies_are_pinned_and_within_the_budget(
-        self, device: torch.device, budget_bytes: int
+    @pytest.mark.parametrize("budget_bytes", [16 * MiB, 34 * MiB])
+    @pytest.mark.parametrize("sizes", SIZES)
+    def test_copies_are_pinned_and_within_the_budget(
+        self, device: torch.device, sizes: str, budget_bytes: int
     ) -> None:
         """Whatever the tensors' sizes: what has been sent is used again, or let go of."""
         config = replace(CONFIG, memory_budget_bytes=budget_bytes)
-        state = {str(n): fill((4097, 1023 + 300 * n), seed=n) for n in range(4)}
-        state["rows larger than the budget"] = fill((2, 9 * MiB), seed=5)
-        tensors = on(device, state)
-        target = blank_on(device, state)
+        state = {str(n): fill(shape, torch.uint8, n) for n, shape in enumerate(SIZES[sizes])}
+        tensors, target = on(device, state), blank_on(device, state)
         torch.ops.simulated.forget()
 
-        save(tensors, "ck", config)
+        save(tensors, "ck", config, thread_count=2)
         assert 0 < torch.ops.simulated.most_pinned_bytes() <= budget_bytes
         torch.ops.simulated.forget()
         load_into(target, "ck", config)
@@ -282,23 +316,9 @@ class TestMemory:
 
     def test_nothing_is_pinned_for_the_host(self) -> None:
         state = {"large": fill((9 * MiB,), torch.uint8), "small": fill((100, 100))}
+        target = {name: blank_like(tensor).double() for name, tensor in state.items()}
         torch.ops.simulated.forget()
         save(state, "ck", CONFIG)
-        assert_same(load(state, "ck", CONFIG), state)
-        assert torch.ops.simulated.most_pinned_bytes() == 0
-
-    def test_what_cannot_be_pinned_is_copied_all_the_same(
-        self, device: torch.device, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        def empty(*args: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
-            if pin_memory:
-                raise RuntimeError("CUDA error: out of memory")
-            return make(*args, **options)
-
-        make = torch.empty
-        state = STATES["large"]()
-        tensors, target = on(device, state), blank_on(device, state)
-        monkeypatch.setattr(torch, "empty", empty)
-        save(tensors, "ck", CONFIG)
         load_into(target, "ck")
-        assert_same(off(target), state)
+        assert torch.ops.simulated.most_pinned_bytes() == 0
+        assert_same(target, {name: tensor.double() for name, tensor in state.items()})

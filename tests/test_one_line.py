@@ -42,7 +42,7 @@ from s3dcp._portal import portal
 from s3dcp.testing import FakeS3, Stall, internal_error, wrong_region
 from tests._fakes import BUCKET, data_keys, uri_of
 from tests._ranks import RankPool
-from tests._states import MiB, assert_same, fill
+from tests._states import MiB, assert_same, blank, fill, finite
 
 URI = uri_of("run/step-1")
 CONFIG = S3ClientConfig(part_size=5 * MiB, conditional_writes=True, max_attempts=2)
@@ -98,6 +98,21 @@ class TestSaveAndLoad:
 
         assert_same(target, state())
         assert "model.weights" in metadata.state_dict_metadata
+
+    def test_another_default_device(self, server: FakeS3) -> None:
+        """Our own tensors are the host's, wherever the caller has new ones made."""
+        saved = {
+            "large": fill((2200, 1024), seed=1),
+            "turned": fill((700, 1000), seed=2).t(),
+            "small": fill((7,), seed=3),
+            "empty": torch.empty(0, 3),
+            "wider": finite((1000, 1000), seed=4),
+        }
+        target = blank(saved) | {"wider": torch.zeros(1000, 1000, dtype=torch.float64)}
+        with torch.device("meta"):
+            s3dcp.save(saved, URI)
+            s3dcp.load(target, URI)
+        assert_same(target, saved | {"wider": saved["wider"].double()})
 
     def test_stateful_objects_are_loaded(self, server: FakeS3) -> None:
         saved, loaded = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)

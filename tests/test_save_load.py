@@ -456,12 +456,14 @@ def test_frames_may_be_aligned_otherwise(bucket: str) -> None:
         "medium": fill((300, 1024), seed=2),
         "turned": fill((300, 1024), seed=3).t(),
         "large": fill((9000, 300), seed=4),
+        **{f"empty{shape}": torch.empty(shape) for shape in ((0,), (0, 3), (3, 0))},
     }
-    for alignment in (8, 4096):
+    # The last makes frames of 450 KiB, of which tensors without elements are no small ones.
+    for alignment in (8, 4096, 65536):
         with config.patch("save.storage_alignment", alignment):  # type: ignore[attr-defined]
             save(state, f"s3://{bucket}/{alignment}")
             assert_same(load(blank(state), f"s3://{bucket}/{alignment}"), state)
-    for alignment in (8, 4096):
+    for alignment in (8, 4096, 65536):
         assert_same(load(blank(state), f"s3://{bucket}/{alignment}"), state)
 
 

@@ -294,7 +294,7 @@ SIZES: dict[str, list[tuple[int, ...]]] = {
 )
 @pytest.mark.usefixtures("fake", "device")
 class TestMemory:
-    @pytest.mark.parametrize("budget_bytes", [16 * MiB, 34 * MiB])
+    @pytest.mark.parametrize("budget_bytes", [16 * MiB, 18 * MiB])
     @pytest.mark.parametrize("sizes", SIZES)
     def test_copies_are_pinned_and_within_the_budget(
         self, device: torch.device, sizes: str, budget_bytes: int

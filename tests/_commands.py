@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import select
 import subprocess
 import sys
 import termios
@@ -27,6 +28,10 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(cli, arguments, prog_name="s3dcp")
 
 
+# Ends what was shown; nothing writes that by itself.
+_END = b"\x04"
+
+
 @contextmanager
 def terminal() -> Iterator[tuple[int, int]]:
     """Open a terminal of 24 lines of 80 columns: our end, which does not block, and theirs."""
@@ -38,6 +43,16 @@ def terminal() -> Iterator[tuple[int, int]]:
     finally:
         os.close(ours)
         os.close(theirs)
+
+
+def shown(ours: int, theirs: int) -> str:
+    """Return all that has been written to a terminal, which may arrive bit by bit."""
+    os.write(theirs, _END)
+    text = b""
+    while not text.endswith(_END):
+        assert select.select([ours], [], [], LIMIT_S)[0], text
+        text += os.read(ours, 1 << 16)
+    return text.removesuffix(_END).decode()
 
 
 def program(*arguments: str, **options: Any) -> subprocess.Popen[str]:

@@ -24,7 +24,7 @@ from s3dcp._cli import cli
 from s3dcp._terminal import Bar
 from s3dcp.testing import Call, Drop, FakeS3, Fault, Record, Refuse, Stall
 from tests._catalogs import put_checkpoint, put_data
-from tests._commands import LIMIT_S, own_terminal, program, run, terminal
+from tests._commands import LIMIT_S, own_terminal, program, run, shown, terminal
 from tests._fakes import BUCKET
 
 if TYPE_CHECKING:
@@ -472,12 +472,12 @@ class TestProcesses:
         with terminal() as (ours, theirs):
             process = program("verify", f"{RUN}/step-1", stdout=subprocess.PIPE, stderr=theirs)
             out, _ = process.communicate(timeout=LIMIT_S)
-            shown = os.read(ours, 1 << 16).decode()
+            text = shown(ours, theirs)
 
         assert process.returncode == 0
         assert out.startswith(f"{RUN}/step-1 is whole")
-        assert "%|" in shown
-        assert shown.rstrip(" ").endswith("\r")  # the bar is taken away in the end
+        assert "%|" in text
+        assert text.rstrip(" ").endswith("\r")  # the bar is taken away in the end
 
     def test_serve_and_ctrl_c(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """What it prints can be pasted into another terminal, whose commands then reach it."""
@@ -526,10 +526,10 @@ def test_a_bar_of_one_thing_after_the_other(monkeypatch: pytest.MonkeyPatch) -> 
             bar.advance(1, 4, "copying")
             bar.refresh()
             assert (bar.n, bar.total) == (1, 4)
-        shown = os.read(ours, 1 << 16).decode()
+        text = shown(ours, theirs)
 
-    assert "comparing: 100%|" in shown
-    assert "copying:  25%|" in shown.partition("comparing: 100%|")[2]
+    assert "comparing: 100%|" in text
+    assert "copying:  25%|" in text.partition("comparing: 100%|")[2]
 
 
 def test_what_is_logged_stands_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:

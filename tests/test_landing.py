@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -140,6 +140,28 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return str(request.param)
 
 
+class Borrowed(NamedTuple):
+    """A buffer's size, and what its save or load held with it."""
+
+    size_bytes: int
+    held_bytes: int
+
+
+@pytest.fixture
+def borrowed(monkeypatch: pytest.MonkeyPatch) -> list[Borrowed]:
+    """The buffers that are borrowed from here on."""
+    found: list[Borrowed] = []
+    borrow = Memory.borrow
+
+    def noted(memory: Memory, size_bytes: int, *, pinned: bool) -> Buffer:
+        buffer = borrow(memory, size_bytes, pinned=pinned)
+        found.append(Borrowed(size_bytes, memory.held_bytes))
+        return buffer
+
+    monkeypatch.setattr(Memory, "borrow", noted)
+    return found
+
+
 @pytest.mark.usefixtures("place")
 def test_whole_tensors(saved: Any) -> None:
     store = CountingStore()
@@ -177,16 +199,8 @@ def test_some_rows(saved: Any, first: int, count: int) -> None:
     assert store.fetched_bytes <= count * row + 2 * (MiB + row) + 4096
 
 
-def test_what_lies_around_some_rows_is_charged(saved: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_lies_around_some_rows_is_charged(saved: Any, borrowed: list[Borrowed]) -> None:
     """Blocks are read whole to be verified: up to two of them for each item."""
-    borrowed: list[int] = []
-    borrow = Memory.borrow
-
-    def noted(memory: Memory, size_bytes: int, *, pinned: bool) -> Buffer:
-        borrowed.append(size_bytes)
-        return borrow(memory, size_bytes, pinned=pinned)
-
-    monkeypatch.setattr(Memory, "borrow", noted)
     store = CountingStore()
     state = {"rows": torch.randn(3000, 2049)}
     metadata = saved(store, state)
@@ -195,7 +209,7 @@ def test_what_lies_around_some_rows_is_charged(saved: Any, monkeypatch: pytest.M
     load(store, metadata, [request("rows", 0, (1003, 0), (500, 2049))], targets)
     assert torch.equal(target, state["rows"][1003:1503])
     around = store.fetched_bytes - target.nbytes
-    assert around - 64 * 1024 <= sum(borrowed) <= around
+    assert around - 64 * 1024 <= sum(each.size_bytes for each in borrowed) <= around
 
 
 @pytest.mark.usefixtures("place")
@@ -302,19 +316,12 @@ def test_a_small_flip_anywhere_in_a_whole_item(size: int) -> None:
 
 
 @pytest.mark.parametrize("kib", [257, 1000, 4095, 4096, 9000])
-def test_a_plain_tensor_needs_no_buffer(monkeypatch: pytest.MonkeyPatch, kib: int) -> None:
-    """However many CRCs it has. One of other strides does, and is found out by its header."""
+def test_a_plain_tensor_needs_no_buffer(borrowed: list[Borrowed], kib: int) -> None:
+    """However many blocks it has. One of other strides does, and has none."""
     store = CountingStore()
     state = {"plain": torch.randn(kib, 256), "turned": torch.randn(256, kib).t()}
     metadata = save(store, state)
-    borrowed: list[int] = []
-    borrow = Memory.borrow
-
-    def noted(memory: Memory, size_bytes: int, *, pinned: bool) -> Buffer:
-        borrowed.append(size_bytes)
-        return borrow(memory, size_bytes, pinned=pinned)
-
-    monkeypatch.setattr(Memory, "borrow", noted)
+    borrowed.clear()
     for number, (name, tensor) in enumerate(state.items()):
         targets = [torch.zeros(kib, 256), torch.zeros(kib, 256)]
         load(store, metadata, [request(name, number, (0, 0), (kib, 256))], targets)
@@ -322,26 +329,16 @@ def test_a_plain_tensor_needs_no_buffer(monkeypatch: pytest.MonkeyPatch, kib: in
         assert bool(borrowed) == (name == "turned")
 
 
-def test_memory_is_bounded_by_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_bounded_by_the_budget(borrowed: list[Borrowed]) -> None:
     """Targets of another type go through buffers: their sum must stay within the budget."""
     store = CountingStore()
     state = {f"w{n}": torch.full((MiB,), float(n)) for n in range(12)}
     metadata = save(store, state)
-    most = 0
-    borrow = Memory.borrow
-
-    def watch(memory: Memory, size_bytes: int, *, pinned: bool) -> Buffer:
-        nonlocal most
-        buffer = borrow(memory, size_bytes, pinned=pinned)
-        most = max(most, memory.held_bytes)
-        return buffer
-
-    monkeypatch.setattr(Memory, "borrow", watch)
     targets = [torch.zeros(MiB, dtype=torch.float64) for _ in state]
     requests = [request(name, n, (0,), (MiB,)) for n, name in enumerate(state)]
     load(store, metadata, requests, targets)
     assert all(torch.equal(t, torch.full_like(t, n)) for n, t in enumerate(targets))
-    assert most <= 10 * MiB
+    assert max(each.held_bytes for each in borrowed) <= 10 * MiB
 
 
 def test_metadata_that_describes_another_tensor() -> None:
@@ -429,7 +426,7 @@ def test_a_wrong_place_cannot_be_told_from_a_header(saved: Any) -> None:
     assert not isinstance(caught.value, AssertionError)
 
 
-def test_items_of_several_spans_stay_within_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_items_of_several_spans_stay_within_the_budget(borrowed: list[Borrowed]) -> None:
     """Spans of equal items must not all be begun before one item is done."""
     config = S3ClientConfig(part_size=5 * MiB, memory_budget_bytes=30 * MiB)
     store = CountingStore()
@@ -444,20 +441,10 @@ def test_items_of_several_spans_stay_within_the_budget(monkeypatch: pytest.Monke
         _StorageReaderTransforms(),
         max_gap_bytes=0,
     )
-    most = 0
-    borrow = Memory.borrow
-
-    def watch(memory: Memory, size_bytes: int, *, pinned: bool) -> Buffer:
-        nonlocal most
-        buffer = borrow(memory, size_bytes, pinned=pinned)
-        most = max(most, memory.held_bytes)
-        return buffer
-
-    monkeypatch.setattr(Memory, "borrow", watch)
     requests = [request(f"w{n}", n, (0,), (3 * MiB + n,)) for n in range(6)]
     loading.read(requests, metadata, BASE)
     assert all(bool((t == n).all()) for n, t in enumerate(planner._tensors))
-    assert most <= 30 * MiB
+    assert max(each.held_bytes for each in borrowed) <= 30 * MiB
 
 
 @pytest.mark.parametrize("rows", [100, 700], ids=["small items", "copies of large ones"])

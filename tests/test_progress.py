@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import gc
 import logging
-import os
-import pty
 import re
 import sys
 import termios
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,6 +43,7 @@ from s3dcp._progress import Meter
 from s3dcp._recording import Audience, Recording
 from s3dcp._saving import SavedItems
 from s3dcp.testing import Cut, FakeS3, Stall, slow_down
+from tests import _commands
 from tests._fakes import BUCKET, unwrapped, uri_of
 from tests._states import MiB, StateDict, assert_same, blank, fill
 from tests._stores import MemoryStore, channel_of
@@ -405,21 +404,14 @@ def test_a_bar_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
 @contextmanager
 def terminal() -> Iterator[Callable[[], str]]:
     """Make standard error a terminal, and yield what reads what it shows."""
-    ours, theirs = pty.openpty()
-    termios.tcsetwinsize(theirs, (24, 100))
-    os.set_blocking(ours, False)
-
-    def shown() -> str:
-        text = b""
-        with suppress(BlockingIOError):
-            while True:
-                text += os.read(ours, 1 << 16)
-        return text.decode()
-
-    with os.fdopen(theirs, "w") as stderr, pytest.MonkeyPatch.context() as patch:
+    with (
+        _commands.terminal() as (ours, theirs),
+        open(theirs, "w", closefd=False) as stderr,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        termios.tcsetwinsize(theirs, (24, 100))
         patch.setattr(sys, "stderr", stderr)
-        yield shown
-    os.close(ours)
+        yield partial(_commands.shown, ours, theirs)
 
 
 class TestBar:

@@ -15,7 +15,7 @@ import s3dcp
 from s3dcp import S3ClientConfig
 from s3dcp.testing import Call, Drop, FakeS3, Fault, Record, Stall
 from tests._catalogs import put_checkpoint, put_data
-from tests._commands import LIMIT_S, command, run, terminal
+from tests._commands import LIMIT_S, command, run, shown, terminal
 from tests._fakes import BUCKET
 from tests._forked import Zygote
 from tests._servers import use
@@ -37,14 +37,7 @@ def on_terminal(zygote: Zygote, *arguments: str) -> tuple[int, str]:
     with terminal() as (ours, theirs):
         status, piped = zygote.start(command, arguments, os.ttyname(theirs)).end()
         assert piped == ""
-        return status, read(ours)
-
-
-def read(ours: int) -> str:
-    try:
-        return os.read(ours, 1 << 16).decode()
-    except BlockingIOError:
-        return ""
+        return status, shown(ours, theirs)
 
 
 def put_a_bit_of_everything(fake: FakeS3) -> None:
@@ -111,10 +104,10 @@ def test_ctrl_c_on_a_terminal(fake: FakeS3, zygote: Zygote, name: str) -> None:
         rule.wait(timeout_s=LIMIT_S)
         os.write(ours, b"\x03")
         status, _ = child.end()
-        shown = read(ours)
+        text = shown(ours, theirs)
 
     rule.release()
-    assert (status, "Traceback" in shown) == (130, False), shown
+    assert (status, "Traceback" in text) == (130, False), text
     assert not any("bench" in key for key in fake.keys(BUCKET))
 
 

@@ -36,9 +36,7 @@ def host_memory(size_bytes: int, *, pinned: bool) -> torch.Tensor:
             then takes the next power of two.
     """
     empty = partial(torch.empty, size_bytes, dtype=torch.uint8, device="cpu")
-    accelerator = torch.accelerator.current_accelerator()
-    # On MPS, all memory is the host's.
-    if pinned and accelerator is not None and accelerator.type != "mps":
+    if pinned and _pins():
         # There may be no more to pin, or the device knows nothing of it.
         with contextlib.suppress(RuntimeError):
             return empty(pin_memory=True)
@@ -60,6 +58,12 @@ def on_this_device(function: Callable[P, T]) -> Callable[P, T]:
         return function(*args, **kwargs)
 
     return run
+
+
+def _pins() -> bool:
+    accelerator = torch.accelerator.current_accelerator()
+    # On MPS, all memory is the host's.
+    return accelerator is not None and accelerator.type != "mps"
 
 
 def _is_in_use() -> bool:

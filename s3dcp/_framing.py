@@ -104,6 +104,11 @@ def frame_for(
     )
 
 
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Return whether a strided tensor's memory is its values in the order of rows."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+
+
 def memory_of(tensor: torch.Tensor) -> memoryview:
     """Return a dense CPU tensor's memory in the order of its addresses, writable and not copied.
 

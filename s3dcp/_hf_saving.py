@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from s3dcp._devices import is_host
 from s3dcp._errors import IncompleteSaveError, S3ConfigError
-from s3dcp._framing import memory_of
+from s3dcp._framing import is_plain, memory_of
 from s3dcp._hf_index import (
     FORMAT,
     FORMAT_KEY,
@@ -119,13 +119,12 @@ class SafetensorsItems(SavedItems):
                 f"is {tensor.dtype} of shape {tuple(tensor.shape)}: nothing was published"
             )
         frame = bare_frame(tensor.nbytes)
-        is_plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
         is_small = frame.length <= COPIED_BYTES
         charge: Charge | None = None  # of memory that this tensor was copied to
-        if not is_host(tensor) and is_plain and not is_small:
+        if not is_host(tensor) and is_plain(tensor) and not is_small:
             self._add_framed(file, write_item, tensor, frame, self._staged(tensor))
             return
-        if not is_host(tensor) or not is_plain:
+        if not is_host(tensor) or not is_plain(tensor):
             charge = self._charge(tensor.nbytes)
             tensor = tensor.cpu().resolve_conj().resolve_neg().contiguous()
         if is_small:

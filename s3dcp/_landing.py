@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import ReadItem
 from s3dcp._checksums import combine, crc_of, damaged
 from s3dcp._devices import bytes_of, is_host
 from s3dcp._errors import CorruptMetadataError, IntegrityError
-from s3dcp._framing import decode, memory_of
+from s3dcp._framing import decode, is_plain, memory_of
 from s3dcp._items import Item, Stored
 from s3dcp._layouts import parse_header
 from s3dcp._metadata import ItemCrcs
@@ -68,9 +68,7 @@ def _exact_range(item: Item, targets: list[torch.Tensor]) -> tuple[int, int] | N
         type(target) is torch.Tensor
         and target.layout is torch.strided
         and target.dtype == stored.dtype
-        and target.is_contiguous()
-        and not target.is_conj()
-        and not target.is_neg()
+        and is_plain(target)
         and tuple(target.shape) == lengths
         and lengths[1:] == shape[1:]
         and not any(tuple(request.storage_offsets)[1:])

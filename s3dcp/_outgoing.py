@@ -32,13 +32,13 @@ class Charge:
 
 @dataclass(slots=True, eq=False)
 class Block:
-    """Some bytes of an item that have one CRC; of its tensor's, where it `is_data`.
+    """Some bytes of an item that have one CRC, which the metadata names where it `is_listed`.
 
     A block may be spread over several parts, which arrive in any order: `sums` has, for each, where
     it starts, its CRC and its length.
     """
 
-    is_data: bool = False
+    is_listed: bool = False
     sums: list[tuple[int, int, int]] = field(default_factory=list)
 
     def sum(self) -> tuple[int, int]:
@@ -79,7 +79,7 @@ class OutgoingItem:
         )
         sums = [block.sum() for block in self.blocks]
         blocks = tuple(
-            crc for block, (crc, _) in zip(self.blocks, sums, strict=True) if block.is_data
+            crc for block, (crc, _) in zip(self.blocks, sums, strict=True) if block.is_listed
         )
         places = self.data_offset, self.data_bytes, self.block_bytes
         annotate(info, ItemCrcs(combine(sums), *places, blocks))

@@ -26,7 +26,15 @@ from s3dcp._config import MiB, S3ClientConfig
 from s3dcp._devices import bytes_of, is_host
 from s3dcp._errors import IncompleteSaveError, S3ConfigError
 from s3dcp._flow import Channel, wait_all
-from s3dcp._framing import Frame, encode, frame_for, frame_of, memory_of, storage_alignment
+from s3dcp._framing import (
+    Frame,
+    encode,
+    frame_for,
+    frame_of,
+    is_plain,
+    memory_of,
+    storage_alignment,
+)
 from s3dcp._giving_way import give_way
 from s3dcp._keys import S3Uri
 from s3dcp._metadata import ItemCrcs, annotate
@@ -251,7 +259,7 @@ class SavedItems:
             end = position + view.nbytes
             for a, b in cut(position, end, size):
                 if a % size == 0:
-                    item.blocks.append(Block(is_data=item.block_bytes is not None))
+                    item.blocks.append(Block(is_listed=item.block_bytes is not None))
                 self._continue(file, item, view[a - position : b - position], charge)
             position = end
         self._append(file, item, memoryview(frame.trailer))
@@ -374,9 +382,7 @@ def _frame_on_device(tensor: torch.Tensor) -> Frame | None:
     if (
         type(tensor) is not torch.Tensor
         or tensor.layout is not torch.strided
-        or not tensor.is_contiguous()
-        or tensor.is_conj()
-        or tensor.is_neg()
+        or not is_plain(tensor)
         or tensor.nbytes <= COPIED_BYTES
     ):
         return None
@@ -384,10 +390,9 @@ def _frame_on_device(tensor: torch.Tensor) -> Frame | None:
 
 
 def _block_bytes(tensor: torch.Tensor, frame: Frame) -> int | None:
-    # Only where bytes are values in the order of rows: parts are loaded without the header, which
-    # alone says that they are to be conjugated or negated. One block, too, tells readers so.
-    plain = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-    if not plain or not tensor.ndim or not frame.data_bytes:
+    # Parts are loaded without the header, which alone says of others how to read them. One block,
+    # too, tells readers that the tensor is plain.
+    if not is_plain(tensor) or not tensor.ndim or not frame.data_bytes:
         return None
     return block_bytes(frame.data_bytes, frame.data_bytes // tensor.shape[0])
 
